@@ -1,0 +1,96 @@
+"""Audio files as they lie in a corpus folder: headers, and whether they decode. libsndfile reads them all."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path, PureWindowsPath
+
+import numpy as np
+import soundfile
+
+LENGTH_TOLERANCE_S = 0.05  # seconds: lossy codecs and label files round the length of a file
+MAX_FRAMES = 1 << 48  # libsndfile gives 2**63 - 1 for a stream of unknown length
+BLOCK = 1 << 20  # samples decoded at a time when the audio itself is checked
+
+
+class AudioError(ValueError):
+    """An audio file that cannot be used; the message is the reason, without the file's name."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file's header says, without its audio being read."""
+
+    path: str  # absolute
+    frames: int  # samples per channel
+    sample_rate: int  # Hz
+    channels: int
+
+    @property
+    def duration_s(self) -> float:
+        return self.frames / self.sample_rate
+
+
+def read_header(root: str | Path, path: str) -> Header:
+    """The header of the audio file `path`, which is relative to the corpus folder `root`.
+
+    Raises:
+        AudioError: the path is absolute or leaves the folder (also through a symlink); the file is missing,
+            unreadable or empty.
+    """
+    if Path(path).is_absolute() or PureWindowsPath(path).is_absolute():
+        raise AudioError("is absolute; it must be relative to the corpus folder")
+    root = os.path.realpath(root)
+    try:
+        full = os.path.realpath(os.path.join(root, path))
+    except (ValueError, OSError) as error:  # a NUL in the name, a loop of links
+        raise AudioError(f"is not a path: {error}") from None
+    if os.path.commonpath([root, full]) != root:
+        raise AudioError("leaves the corpus folder")
+    if not os.path.isfile(full):
+        raise AudioError("is not there")
+    stat = os.stat(full)
+    return _header(full, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=1 << 16)  # a manifest is checked and then made into cuts: one read for both
+def _header(full: str, size: int, mtime_ns: int) -> Header:
+    if not size:
+        raise AudioError("is empty (0 bytes)")
+    try:
+        info = soundfile.info(full)
+    except (soundfile.LibsndfileError, OSError, TypeError) as error:
+        raise AudioError(f"is not readable as audio: {getattr(error, 'error_string', error)}") from None
+    if not 0 < info.frames < MAX_FRAMES:
+        raise AudioError("holds no audio, or does not say how much")
+    return Header(full, info.frames, info.samplerate, info.channels)
+
+
+def check_audio(
+    header: Header, start_s: float = 0.0, end_s: float | None = None, channel: int | None = None
+) -> None:
+    """Decodes a range (seconds; None is the end) block by block, so that hours fit in little memory.
+
+    Raises:
+        AudioError: it does not decode, or not to its full length; it holds NaN; every sample is zero.
+    """
+    first = round(start_s * header.sample_rate)
+    last = header.frames if end_s is None else min(round(end_s * header.sample_rate), header.frames)
+    left, silent = last - first, True
+    try:
+        with soundfile.SoundFile(header.path) as file:
+            file.seek(first)
+            while left > 0 and len(block := file.read(min(BLOCK, left), dtype="float32", always_2d=True)):
+                left -= len(block)
+                block = block if channel is None else block[:, channel]
+                if not np.isfinite(block).all():
+                    raise AudioError("holds samples that are not numbers (NaN or infinite)")
+                silent = silent and not block.any()
+    except soundfile.LibsndfileError as error:
+        raise AudioError(f"does not decode: {error.error_string}") from None
+    if left > LENGTH_TOLERANCE_S * header.sample_rate:
+        raise AudioError(f"is cut short: {left / header.sample_rate:.2f} s less audio than its header says")
+    if silent:
+        raise AudioError("is silent: every sample is 0")

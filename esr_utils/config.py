@@ -1,0 +1,118 @@
+"""The settings of a run: two frozen dataclasses that are written to `config.json` and read back from it.
+
+`.paper()` is the recipe of Kang & Roy (ESR, ASRU 2025, section IV-B); `.demo()` is the same recipe sized for a laptop with
+frozen backbones. Units stand in the comments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Literal, Self, get_args
+
+SAMPLE_RATE = 16_000  # Hz, of every waveform that reaches a backbone
+
+Level = Literal["normalised", "recorded"]
+Finetune = Literal["frozen", "full"]
+Objective = Literal["infonce", "multi-positive", "hard-negative", "sigmoid"]
+Pooling = Literal["mean", "stats"]
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message names it, its value and what is allowed."""
+
+
+class _Config:
+    """What both configs share: checking of named choices, and dict in and out."""
+
+    def _check_choices(self, **choices: object) -> None:
+        for name, choice in choices.items():
+            allowed = get_args(choice)
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
+
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be above 0")
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    def but(self, **changes) -> Self:
+        """A copy with some settings changed.
+
+        Raises:
+            ConfigError: a setting that does not exist, or a value that is not allowed.
+        """
+        return self.from_dict({**self.to_dict(), **changes})
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Self:
+        known = {field.name for field in fields(cls)}
+        if unknown := set(values) - known:
+            raise ConfigError(f"unknown setting {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
+        return replace(cls(), **{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+
+
+@dataclass(frozen=True)
+class ModelConfig(_Config):
+    """A StyleRetriever: which backbones, and what is put on top of them."""
+
+    speech_backbone: str = "whisper-tiny"  # short name, hub id or folder
+    text_backbone: str = "minilm"  # short name, hub id or folder
+    pooling: Pooling = "stats"  # over time: mean, or mean and standard deviation
+    mix_layers: bool = True  # learned weights over all layers; False reads the last layer only, as the paper does
+    dropout: float = 0.0  # share of the pooled features dropped in training, before the projection
+    dim: int = 512  # d, of the joint space
+    temperature: float = 0.07  # tau at the start; learned from there
+
+    def __post_init__(self) -> None:
+        self._check_choices(pooling=Pooling)
+        self._check_positive("dim", "temperature")
+
+    @classmethod
+    def paper(cls) -> Self:
+        return cls(speech_backbone="emotion2vec", text_backbone="roberta", pooling="mean", mix_layers=False)
+
+
+@dataclass(frozen=True)
+class TrainConfig(_Config):
+    """The staged schedule: classification only, then + contrastive, then + adversarial."""
+
+    epochs: int = 40
+    classify_epochs: int = 5  # stage 1: style classification alone
+    align_epochs: int = 5  # stage 2: + contrastive; stage 3, + adversarial, is the rest
+    max_steps: int = 0  # stop after so many optimiser steps; 0 = no limit
+    batch_size: int = 32  # N, pairs in a contrastive batch
+    crop_s: float = 8.0  # seconds, longest piece of a clip seen in training
+    learning_rate: float = 1e-3  # encoders, projections, classifier
+    discriminator_learning_rate: float = 4e-4  # the paper's is 0.4 of the encoders' too
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
+    weight_decay: float = 0.01  # of AdamW
+    contrastive_weight: float = 1.0  # lambda_contrast
+    adversarial_weight: float = 0.1  # lambda_adv: the encoders receive -lambda_adv of the discriminator's gradient
+    classification_weight: float = 0.5  # lambda_cls
+    hidden: int = 128  # d_D = d_C, hidden units of discriminator and classifier
+    objective: Objective = "infonce"
+    finetune: Finetune = "frozen"  # of the speech backbone; the text backbone is always frozen, as in the paper
+    level: Level = "normalised"  # loudness gives the style away in acted corpora, so it is taken out by default
+    patience: int = 0  # stop after so many epochs without a better validation loss; 0 = never
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._check_choices(objective=Objective, finetune=Finetune, level=Level)
+        self._check_positive("epochs", "batch_size", "crop_s", "learning_rate", "discriminator_learning_rate", "hidden")
+
+    @classmethod
+    def paper(cls) -> Self:
+        return cls(epochs=110, learning_rate=5e-5, discriminator_learning_rate=2e-5, finetune="full", level="recorded")
+
+    @classmethod
+    def demo(cls) -> Self:
+        return cls()
+
+    def stage(self, epoch: int) -> Literal["classify", "align", "adversarial"]:
+        """Which stage an epoch (0-based) belongs to (ESR section IV-B)."""
+        if epoch < self.classify_epochs:
+            return "classify"
+        return "align" if epoch < self.classify_epochs + self.align_epochs else "adversarial"

@@ -1,0 +1,83 @@
+"""The corpora this project can read, one module each: what it is, where to get it, licence, layout.
+
+A corpus module has ABOUT, SOURCE, LICENCE and LAYOUT (text) and `prepare(root) -> manifest`. To add one,
+write the module and name it in CORPORA.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CORPORA = ("demo", "ravdess", "emodb", "nemo", "folder")
+
+DEMO_FOLDER = Path(__file__).resolve().parents[2] / "data_manifests" / "demo"
+
+
+class CorpusError(ValueError):
+    """A corpus that is not known, not there, or not laid out as expected; the message says what to do."""
+
+
+def corpus_module(name: str) -> ModuleType:
+    """The module that reads a corpus.
+
+    Raises:
+        CorpusError: unknown corpus.
+    """
+    if name not in CORPORA:
+        raise CorpusError(
+            f"unknown corpus {name!r}; known are {', '.join(CORPORA)}. For your own audio, write "
+            "its manifest.csv: esr_utils.corpora.folder makes one, as data_manifests/README.md tells."
+        )
+    # imported when asked for: the corpus modules build manifests, and manifests.py imports this registry
+    return import_module(f"esr_utils.corpora.{name}")
+
+
+def how_to_get(name: str) -> str:
+    """Where to get a corpus, under what licence, and what its folder must look like."""
+    module = corpus_module(name)
+    return f"{module.ABOUT} Get it from {module.SOURCE}. Licence: {module.LICENCE}. Layout: {module.LAYOUT}."
+
+
+def corpus_folder(name: str, data_root: str | Path | None = None) -> Path:
+    """The folder of a corpus: "demo" comes with the project, any other is `<data_root>/<name>`.
+
+    Args:
+        data_root: `$ESR_DATA` if None.
+    Raises:
+        CorpusError: no data_root, no such folder, or a folder without manifest.csv that no module can read.
+    """
+    if name == "demo":
+        return DEMO_FOLDER
+    if Path(name).name != name:
+        raise CorpusError(f"corpus {name!r} must be the name of a folder in data_root, not a path")
+    data_root = data_root or os.environ.get("ESR_DATA")
+    if not data_root:
+        raise CorpusError(
+            f"corpus {name!r} needs a data_root, the folder that holds one folder per corpus: pass it, or "
+            f"set $ESR_DATA. {how_to_get(name)}"
+        )
+    folder = Path(data_root).expanduser() / name
+    if not (folder / "manifest.csv").is_file():
+        corpus_module(name)
+    if not folder.is_dir():
+        raise CorpusError(f"there is no folder {folder}. {how_to_get(name)}")
+    return folder
+
+
+def prepare(name: str, root: str | Path) -> pd.DataFrame:
+    """The manifest of a corpus in its original layout, not yet validated. See the corpus's own module.
+
+    Raises:
+        CorpusError: unknown corpus, or nothing of it under `root`.
+    """
+    manifest = corpus_module(name).prepare(Path(root))
+    if manifest.empty:
+        raise CorpusError(f"nothing of the corpus {name!r} is in {root}. {how_to_get(name)}")
+    return manifest

@@ -1,0 +1,52 @@
+"""95 % bootstrap intervals over speakers, then their utterances."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Counts = NDArray[np.integer]
+
+MIN_SPEAKERS = 5  # with fewer, resampling speakers says nothing about other speakers
+
+
+def speaker_bootstrap_weights(
+    speakers: ArrayLike, n_replicates: int, rng: np.random.Generator
+) -> tuple[Counts, str]:
+    """How often each clip occurs in each bootstrap replicate of a test set, and the level resampled.
+
+    Clips of one speaker resemble each other, so resampling clips alone gives intervals that are too narrow
+    for new speakers. A replicate draws as many speakers as there are, with replacement, and for each draw as
+    many clips of that speaker as it has, with replacement (the two-stage bootstrap: Davison & Hinkley 1997,
+    section 3.8). With fewer than 5 speakers it draws clips alone, and the level says so: the interval then
+    holds for these speakers only.
+
+    speakers: (N,) names, an empty name counting as one speaker. Returns counts (R, N) and "speaker" or
+    "utterance".
+    """
+    names, speaker_of = np.unique(np.asarray(speakers).astype(str), return_inverse=True)
+    n = len(speaker_of)
+    if len(names) < MIN_SPEAKERS:
+        return rng.multinomial(n, np.full(n, 1 / n), size=n_replicates), "utterance"
+    share = np.full(len(names), 1 / len(names))
+    draws = rng.multinomial(len(names), share, size=n_replicates)  # (R, speakers)
+    weights = np.zeros((n_replicates, n), dtype=np.int64)
+    for speaker in range(len(names)):
+        clips = np.flatnonzero(speaker_of == speaker)
+        share = np.full(len(clips), 1 / len(clips))
+        weights[:, clips] = rng.multinomial(draws[:, speaker] * len(clips), share)
+    return weights, "speaker"
+
+
+def interval(values: ArrayLike, estimate: float) -> list[float]:
+    """95 % interval [low, high] of a fraction from its bootstrap values (R,), centred on the estimate.
+
+    The spread is the bootstrap's; its centre is not. A replicate holds about 63 % of the clips, some of them
+    twice, so the hardest distractors are often missing and its Recall@1 is higher than that of as many
+    different clips: on RAVDESS the plain percentile interval of an R@1 of 0.23 was [0.22, 0.40]. The mean shift
+    is therefore taken out (the bootstrap's estimate of bias, Davison & Hinkley 1997, section 2.2.1). Where
+    there is no bias, as for accuracy, this is the percentile interval. Undefined (NaN) values are left out.
+    """
+    values = np.asarray(values, dtype=float)
+    shifted = np.nanpercentile(values, [2.5, 97.5]) - np.nanmean(values) + estimate
+    return [float(bound) for bound in np.clip(shifted, 0.0, 1.0)]

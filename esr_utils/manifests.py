@@ -1,0 +1,309 @@
+"""Manifests, one CSV row per utterance: read, write, validate, count, and turn into lhotse cuts.
+
+The schema is in manifest_schema.py. A row's `path` is relative to its corpus folder, which is the folder that
+holds `manifest.csv`. Columns the schema does not know are kept, as text.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pandas as pd
+from lhotse import CutSet, MonoCut, MultiCut, Recording
+from lhotse.audio import AudioSource
+
+from esr_utils.audio_files import LENGTH_TOLERANCE_S, AudioError, Header, check_audio, read_header
+from esr_utils.corpora import CorpusError, corpus_folder, prepare
+from esr_utils.manifest_schema import (
+    COLUMNS,
+    NUMERIC,
+    SPLITS,
+    Found,
+    ManifestError,
+    Problem,
+    located,
+    table_problems,
+    typed,
+)
+from esr_utils.runs import atomic_path
+
+
+def validate(manifest: pd.DataFrame, root: str | Path, read_data: bool = False) -> pd.DataFrame:
+    """Checks every row against the schema and its audio file; returns the manifest with typed columns.
+
+    Each file's header is read once. `read_data` also decodes the audio, which finds NaN, silence and files
+    cut short.
+
+    Args:
+        manifest: any index; columns as in SCHEMA, and any others.
+        root: the corpus folder that `path` is relative to.
+    Raises:
+        ManifestError: with all the problems, in the order of the rows.
+    """
+    if not manifest.columns.is_unique:
+        names = manifest.columns[manifest.columns.duplicated()].unique()
+        problems = [Problem(None, "", str(name), "two columns have this name") for name in names]
+        raise ManifestError(problems, str(root))
+    manifest, found = typed(manifest)
+    found += table_problems(manifest)
+    if set(COLUMNS) <= set(manifest.columns):
+        garbled = {position for position, column, _ in found if column in NUMERIC}
+        found += _audio_problems(manifest, root, read_data, garbled)
+    if found:
+        raise ManifestError(located(manifest, found), str(root))
+    return manifest
+
+
+def _audio_problems(
+    manifest: pd.DataFrame, root: str | Path, read_data: bool, garbled: set
+) -> Iterator[Found]:
+    for position, row in enumerate(manifest[["path", *NUMERIC]].itertuples(index=False)):
+        if not row.path or position in garbled:
+            continue  # reported already
+        header, reasons = _matched(row, root)
+        if read_data and not reasons:
+            channel = None if pd.isna(row.channel) else int(row.channel)
+            try:
+                check_audio(header, *_range_s(row, header.duration_s), channel)
+            except AudioError as error:
+                reasons = [("path", f"{row.path!r} {error}")]
+        yield from ((position, column, reason) for column, reason in reasons)
+
+
+def _matched(row: tuple, root: str | Path) -> tuple[Header | None, list[tuple[str, str]]]:
+    """The header of a row's file, and what is wrong: (column, reason)."""
+    try:
+        header = read_header(root, row.path)
+    except AudioError as error:
+        return None, [("path", f"{row.path!r} {error}")]
+    return header, list(_misfits(row, header))
+
+
+def _range_s(row: tuple, file_s: float) -> tuple[float, float]:
+    return 0.0 if math.isnan(row.start_s) else row.start_s, file_s if math.isnan(row.end_s) else row.end_s
+
+
+def _misfits(row: tuple, header: Header) -> Iterator[tuple[str, str]]:
+    """Where the numbers of a row contradict its audio file: column, reason."""
+    start_s, end_s = _range_s(row, header.duration_s)
+    if not pd.isna(row.channel) and row.channel >= header.channels:
+        yield "channel", f"{row.channel} is not in the file, which has {header.channels} (counted from 0)"
+    if end_s > header.duration_s + LENGTH_TOLERANCE_S:
+        yield "end_s", f"{end_s:g} is past the file's end, {header.duration_s:.3f} s"
+    if math.isnan(row.end_s) and start_s >= end_s:
+        yield "start_s", f"{start_s:g} is past the file's end, {header.duration_s:.3f} s"
+    elif end_s <= start_s:
+        yield "end_s", f"{end_s:g} is not after start_s {start_s:g}"
+    elif abs(end_s - start_s - row.duration_s) > LENGTH_TOLERANCE_S:
+        yield "duration_s", f"{row.duration_s:g} does not match the audio, {end_s - start_s:.3f} s"
+
+
+def read_table(path: str | Path) -> pd.DataFrame:
+    """A CSV (UTF-8, with or without a byte order mark) as text, cell by cell as it was written.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ManifestError: not CSV, or cut short: no header, a name twice in it, a row with more or fewer cells.
+    """
+    header, rows, problems = [], [], []
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            header = next(reader, [])
+            for row in reader:
+                rows.append(row)
+                if len(row) != len(header):
+                    identity = row[0] if row else ""
+                    problems.append(
+                        Problem(reader.line_num, identity, "", f"has {len(row)} cells of {len(header)}")
+                    )
+        except (csv.Error, UnicodeDecodeError) as error:
+            problems.append(Problem(reader.line_num + 1, "", "", f"is not UTF-8 CSV: {error}"))
+    if not header:
+        problems.insert(0, Problem(1, "", "", "has no header"))
+    twice = sorted({name for name in header if header.count(name) > 1})
+    problems += [Problem(1, "", name, "two columns have this name") for name in twice]
+    if problems:
+        raise ManifestError(problems, str(path))
+    return pd.DataFrame(rows, columns=header, dtype="str")
+
+
+def read_manifest(path: str | Path, *, check: bool = True) -> pd.DataFrame:
+    """Reads and validates a manifest; its files are looked for in the folder that holds it.
+
+    `check=False` reads the table as it is and looks at no audio file, to look into a manifest that was
+    refused.
+
+    Raises:
+        FileNotFoundError: no such manifest.
+        ManifestError: see `validate` and `read_table`.
+    """
+    table = read_table(path)
+    return validate(table, Path(path).parent) if check else typed(table)[0]
+
+
+def write_manifest(manifest: pd.DataFrame, path: str | Path) -> None:
+    """Validates a manifest and writes it, whole or not at all. What is read back is what was written.
+
+    The column `root`, which says where this machine keeps a corpus, is left out.
+
+    Raises:
+        ManifestError: nothing was written, and an older file is untouched.
+    """
+    path = Path(path)
+    manifest = validate(manifest, path.parent).drop(columns="root", errors="ignore")
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)  # ends lines with CR LF, and so quotes cells that hold either
+    writer.writerow(manifest.columns)
+    writer.writerows(manifest.astype(object).where(manifest.notna(), "").itertuples(index=False))
+    data = text.getvalue().encode()
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def build_manifest(rows: list[dict], left_out: dict[str, str]) -> pd.DataFrame:
+    """A manifest from dicts that may lack columns. `left_out` maps each file not taken to the reason.
+
+    Returns:
+        The manifest; `.attrs["left_out"]` counts the reasons, `.attrs["left_out_files"]` names the files.
+    Raises:
+        ManifestError: cells that should be numbers and are not.
+    """
+    manifest = pd.DataFrame(rows)
+    extra = [column for column in manifest.columns if column not in COLUMNS]
+    manifest, found = typed(manifest.reindex(columns=[*COLUMNS, *extra]))
+    if found:
+        raise ManifestError(located(manifest, found), "rows")
+    reasons = pd.Series(left_out, dtype=object).value_counts()
+    manifest.attrs = {
+        "left_out": {str(k): int(n) for k, n in reasons.items()},
+        "left_out_files": dict(left_out),
+    }
+    return manifest
+
+
+def with_root(manifest: pd.DataFrame, root: str | Path) -> pd.DataFrame:
+    """Adds the column `root`, the absolute corpus folder, so that several corpora can share a table."""
+    return manifest.assign(root=str(Path(root).resolve()))
+
+
+def load_corpora(names: str | Sequence[str], data_root: str | Path | None = None) -> pd.DataFrame:
+    """The manifests of several corpora, one after the other, with the column `root` (see `with_root`).
+
+    Args:
+        names: "ravdess+emodb", or a list. "demo" comes with the project; any other corpus is the folder
+            `<data_root>/<name>`, read from its manifest.csv if it has one, else from its original layout.
+        data_root: the folder of the corpora; `$ESR_DATA` if None.
+    Returns:
+        `.attrs["left_out"]` is {corpus: {reason: count}}.
+    Raises:
+        CorpusError: no such corpus or folder; the message says what to do.
+        ManifestError: a manifest that cannot be used.
+    """
+    names = [name.strip() for name in (names.split("+") if isinstance(names, str) else names)]
+    if not names or not all(names) or len(set(names)) < len(names):
+        raise CorpusError(f"corpora are {names!r}; they must be names, each once, as in 'ravdess+emodb'")
+    loaded = []
+    for name in names:
+        folder = corpus_folder(name, data_root)
+        ready = folder / "manifest.csv"
+        manifest = read_manifest(ready) if ready.is_file() else validate(prepare(name, folder), folder)
+        loaded.append(with_root(manifest, folder))
+    together = pd.concat(loaded, ignore_index=True)
+    extra = [column for column in together.columns if column not in COLUMNS]
+    together[extra] = together[extra].fillna("")
+    if together["utterance_id"].duplicated().any():
+        raise CorpusError(
+            f"two of {'+'.join(names)} share an utterance_id: do two folders hold the same corpus?"
+        )
+    together.attrs = {
+        "left_out": {n: m.attrs.get("left_out", {}) for n, m in zip(names, loaded, strict=True)}
+    }
+    return together
+
+
+def statistics(manifest: pd.DataFrame) -> pd.DataFrame:
+    """Hours, clips and speakers of each corpus x split x style that occurs; the style may be ""."""
+    manifest = manifest.assign(split=pd.Categorical(manifest["split"], SPLITS, ordered=True))
+    groups = manifest.groupby(["corpus", "split", "style"], observed=True)
+    table = groups.agg(
+        hours=("duration_s", "sum"), clips=("utterance_id", "size"), speakers=("speaker", _count_named)
+    )
+    table = table.reset_index().astype({"split": "str"})
+    return table.assign(hours=table["hours"] / 3600)
+
+
+def table_one(manifest: pd.DataFrame) -> pd.DataFrame:
+    """The form of the ESR paper's Table I: a row per corpus, then "Total".
+
+    `styles` counts the styles that occur; `train`, `val` and `test` are hours.
+    """
+    together = manifest.assign(corpus="Total")
+    rows = pd.concat([manifest, together] if len(manifest) else [together])
+    groups = rows.groupby("corpus", sort=False)
+    hours = groups.apply(
+        lambda part: part.groupby("split")["duration_s"].sum().reindex(SPLITS, fill_value=0.0) / 3600
+    )
+    return pd.concat([groups["style"].agg(_count_named).rename("styles"), hours], axis=1)
+
+
+def _count_named(names: pd.Series) -> int:
+    return names[names != ""].nunique()
+
+
+def to_cuts(manifest: pd.DataFrame, root: str | Path | None = None) -> CutSet:
+    """One lhotse cut per row: id is the utterance_id, start and duration are seconds, `custom` has the rest.
+
+    Only headers are read here, each file's once. A cut reads only its own range, through libsndfile, which
+    knows WAV, FLAC, Ogg Vorbis, Opus and MP3. `cut.load_audio()` is (channels, samples) at the file's own
+    rate: a row with a `channel`, or of a mono file, is a MonoCut; else a MultiCut of all channels, for the
+    caller to average.
+
+    Args:
+        root: the corpus folder; None takes each row's from the column `root` (see `load_corpora`).
+    Raises:
+        ManifestError: audio files that cannot be read, or ranges and channels that are not in them.
+        ValueError: neither `root` nor a column `root`.
+    """
+    if root is None and "root" not in manifest:
+        raise ValueError(
+            "to_cuts needs the corpus folder: pass root=, or load the manifest with load_corpora"
+        )
+    own = ["utterance_id", "path", "corpus", *NUMERIC]
+    custom = manifest.drop(columns=["path", *NUMERIC, "root"], errors="ignore").to_dict("records")
+    roots = manifest["root"] if root is None else [root] * len(manifest)
+    recordings: dict[str, Recording] = {}
+    cuts, found = [], []
+    rows = manifest[own].itertuples(index=False)
+    for position, (row, folder, rest) in enumerate(zip(rows, roots, custom, strict=True)):
+        header, reasons = _matched(row, folder)
+        found += [(position, column, reason) for column, reason in reasons]
+        if not reasons:
+            recording = recordings.setdefault(header.path, _recording(row, header))
+            cuts.append(_cut(row, recording, rest))
+    if found:
+        raise ManifestError(located(manifest, found), str(root or "corpora"))
+    return CutSet.from_cuts(cuts)
+
+
+def _recording(row: tuple, header: Header) -> Recording:
+    channels = list(range(header.channels))
+    source = AudioSource(type="file", channels=channels, source=header.path)
+    identity = f"{row.corpus}/{row.path}"
+    return Recording(identity, [source], header.sample_rate, header.frames, header.duration_s, channels)
+
+
+def _cut(row: tuple, recording: Recording, custom: dict) -> MonoCut | MultiCut:
+    start_s, end_s = _range_s(row, recording.duration)
+    # whole samples, none past the end: lhotse refuses a cut that comes up short
+    rate = recording.sampling_rate
+    first, last = round(start_s * rate), min(round(end_s * rate), recording.num_samples)
+    channels = recording.channel_ids if pd.isna(row.channel) else [int(row.channel)]
+    kind, channel = (MonoCut, channels[0]) if len(channels) == 1 else (MultiCut, channels)
+    return kind(
+        row.utterance_id, first / rate, (last - first) / rate, channel, recording=recording, custom=custom
+    )

@@ -1,0 +1,172 @@
+"""StyleRetriever: a speech encoder and a text encoder into one space, where the cosine says how well a sentence fits.
+
+speech: backbone frames (B, L, T, D) -> pooled over time per layer (B, L, P) -> standardised -> mixed over layers ->
+linear projection (B, d). text: backbone vector -> linear projection (B, d). (ESR section III-A, B; the paper reads the last
+layer and its mean; `ModelConfig.paper()` is just that.)
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from esr_utils import runs, weights
+from esr_utils.config import ModelConfig
+from esr_utils.speech import SpeechBackbone, load_speech_backbone
+from esr_utils.text import TextBackbone, load_text_backbone
+
+MAX_LOGIT_SCALE = math.log(100.0)  # as CLIP and CLAP clamp it
+
+
+def pool(layers: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
+    """Frames to one vector per layer, over the valid frames only.
+
+    Args:
+        layers: (B, L, T, D), zero where invalid.
+        mask: (B, T), or None where every frame is valid.
+        pooling: `mean` gives P = D; `stats` mean and standard deviation, P = 2 D.
+
+    Returns:
+        (B, L, P) float32.
+    """
+    layers = layers.float()
+    if mask is None:
+        var, mean = torch.var_mean(layers, dim=2, correction=0)
+        return mean if pooling == "mean" else torch.cat([mean, (var + 1e-8).sqrt()], dim=-1)
+    count = mask.sum(1)[:, None, None]
+    mean = layers.sum(2) / count
+    if pooling == "mean":
+        return mean
+    spread = (layers - mean[:, :, None]).square() * mask[:, None, :, None]
+    return torch.cat([mean, (spread.sum(2) / count + 1e-8).sqrt()], dim=-1)
+
+
+class SpeechHead(nn.Module):
+    """(B, L, P) pooled layers -> (B, d).
+
+    The features are standardised by buffers that start as the identity; with a frozen backbone they are fitted on the
+    training split once (`fit`). The mix is a softmax over layers.
+    """
+
+    def __init__(self, n_layers: int, width: int, dim: int, mix_layers: bool, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(n_layers, width))
+        self.register_buffer("std", torch.ones(n_layers, width))
+        self.mix = nn.Parameter(torch.zeros(n_layers)) if mix_layers else None
+        self.dropout = nn.Dropout(dropout)
+        self.projection = nn.Linear(width, dim)
+
+    def fit(self, pooled: Tensor) -> None:
+        """Sets the standardisation to the statistics of (N, L, P) features."""
+        self.mean.copy_(pooled.mean(0))
+        self.std.copy_(pooled.std(0).clamp(min=1e-4))
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        pooled = (pooled - self.mean) / self.std
+        mixed = pooled[:, -1] if self.mix is None else torch.einsum("blp,l->bp", pooled, self.mix.softmax(0))
+        return self.projection(self.dropout(mixed))
+
+
+class StyleRetriever(nn.Module):
+    """See the module's docstring. `config` says how it was built; `save` and `load` keep it in a folder."""
+
+    def __init__(self, config: ModelConfig, speech: SpeechBackbone, text: TextBackbone) -> None:
+        super().__init__()
+        self.config = config
+        self.speech, self.text = speech, text
+        width = speech.dim * (2 if config.pooling == "stats" else 1)
+        self.speech_head = SpeechHead(speech.n_layers, width, config.dim, config.mix_layers, config.dropout)
+        self.text_head = nn.Linear(text.dim, config.dim)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
+        self.bias = nn.Parameter(torch.tensor(-10.0))  # only the sigmoid objective reads it
+
+    @classmethod
+    def build(cls, config: ModelConfig) -> StyleRetriever:
+        """A retriever with pretrained backbones and heads drawn from torch's current seed."""
+        return cls(config, load_speech_backbone(config.speech_backbone), load_text_backbone(config.text_backbone))
+
+    @property
+    def device(self) -> torch.device:
+        return self.text_head.weight.device
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """1 / tau, at most 100."""
+        return self.log_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+
+    def pooled(self, batch: dict) -> Tensor:
+        """(B, L, P): those that came with the batch (a frozen backbone's, kept), else by running the backbone."""
+        if "pooled" in batch:
+            return batch["pooled"].to(self.device)
+        layers, mask = self.speech.layers(batch["waveform"].to(self.device), batch["n_samples"].to(self.device))
+        return pool(layers, mask, self.config.pooling)
+
+    def forward(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """The pair (e_s, e_t), (B, d) each, not normalised: what the losses take."""
+        return self.speech_head(self.pooled(batch)), self.text_head(self.text.embed(batch["prompt"]))
+
+    def encode_speech(self, batch: dict) -> Tensor:
+        """(B, d), L2-normalised, of a batch with `waveform` (B, S) at 16 kHz and `n_samples` (B,), or `pooled`."""
+        return F.normalize(self.speech_head(self.pooled(batch)), dim=-1)
+
+    def encode_text(self, texts: list[str]) -> Tensor:
+        """(B, d), L2-normalised."""
+        return F.normalize(self.text_head(self.text.embed(list(texts))), dim=-1)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `config.json` and `model.safetensors`: what was trained, and of an untouched backbone name and hash.
+
+        Each file is replaced at once; the settings name the weights' hash, so a mixture of two saves is refused at load.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tuned = any(parameter.requires_grad for parameter in self.speech.parameters())
+        left_out = ("text.",) if tuned else ("text.", "speech.")
+        state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items() if not k.startswith(left_out)}
+        with runs.atomic_path(folder / "model.safetensors") as temporary:
+            save_file(state, temporary)
+            digest = weights.file_sha256(temporary)
+        about = {
+            "model": self.config.to_dict(),
+            "speech_backbone_tuned": tuned,
+            "speech_backbone_sha256": None if tuned else weights.fingerprint(self.speech),
+            "text_backbone_sha256": weights.fingerprint(self.text),
+            "weights_sha256": digest,
+        }
+        runs.write_json(folder / "config.json", about)
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> StyleRetriever:
+        """Reads what `save` wrote, in eval mode.
+
+        Raises:
+            weights.WeightsError: a file is missing or damaged, or a backbone is not the one it was trained on.
+        """
+        folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise weights.WeightsError(f"{folder} holds no retriever: train one with notebook 03_train first")
+        about = runs.read_json(folder / "config.json")
+        weights.check_sha256(folder / "model.safetensors", about["weights_sha256"])
+        model = cls.build(ModelConfig.from_dict(about["model"]))
+        for part, module in (("speech", model.speech), ("text", model.text)):
+            expected = about[f"{part}_backbone_sha256"]
+            if expected and (found := weights.fingerprint(module)) != expected:
+                name = about["model"][f"{part}_backbone"]
+                raise weights.WeightsError(
+                    f"{folder} was trained on a {name!r} of sha256 {expected[:12]}…; this machine's has {found[:12]}…"
+                )
+        try:
+            state = load_file(folder / "model.safetensors")
+        except SafetensorError as error:
+            raise weights.WeightsError(f"{folder / 'model.safetensors'}: {error}") from None
+        missing, unexpected = model.load_state_dict(state, strict=False)
+        absent = [k for k in missing if not k.startswith(("text.", "speech."))]
+        if absent or unexpected or (about["speech_backbone_tuned"] and any(k.startswith("speech.") for k in missing)):
+            raise weights.WeightsError(f"{folder} does not fit its settings: lacks {absent}, has {unexpected}")
+        return model.eval().to(device)

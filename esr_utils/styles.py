@@ -1,0 +1,329 @@
+"""The 22 speaking styles, what each corpus calls them, and the bank of prompts that describe them.
+
+Kang & Roy, "Expressive Speech Retrieval using Natural Language Descriptions of Speaking Style" (ASRU 2025):
+22 styles out of three corpora (section IV-A.1); 11 templates and, for each style, its label and 5 phrases to
+put in them (IV-A.2). Our words are our own, in `data_manifests/prompts.json`, and include a held-out set.
+
+A leaf module: it imports nothing of the package.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from string import Formatter
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+Prompts = Literal["seen", "held_out"]
+
+PROMPTS_PATH = Path(__file__).resolve().parents[1] / "data_manifests" / "prompts.json"
+
+# The paper's prompt when prompts are not augmented (section V-C), with the label alone.
+FIXED_TEMPLATE = "Speech that is {style}."
+
+STYLES: tuple[str, ...] = (
+    "angry", "awe", "bored", "calm", "confused", "desire", "disgusted", "enunciated", "excited", "fast",
+    "fearful", "frustrated", "happy", "laughing", "neutral", "projected", "sad", "sarcastic", "sleepy",
+    "surprised", "sympathetic", "whispered",
+)  # fmt: skip
+
+# corpus → the corpus's own label → style. A label that is not here has no style.
+CORPUS_STYLES: dict[str, dict[str, str]] = {
+    "demo": {style: style for style in STYLES},
+    "ravdess": {
+        "neutral": "neutral",
+        "calm": "calm",
+        "happy": "happy",
+        "sad": "sad",
+        "angry": "angry",
+        "fearful": "fearful",
+        "disgust": "disgusted",
+        "surprised": "surprised",
+    },
+    "emodb": {
+        "neutral": "neutral",
+        "anger": "angry",
+        "boredom": "bored",
+        "disgust": "disgusted",
+        "anxiety/fear": "fearful",
+        "happiness": "happy",
+        "sadness": "sad",
+    },
+    "nemo": {
+        "neutral": "neutral",
+        "anger": "angry",
+        "fear": "fearful",
+        "happiness": "happy",
+        "sadness": "sad",
+        "surprised": "surprised",
+    },
+}
+
+
+def style_table() -> pd.DataFrame:
+    """`CORPUS_STYLES` as rows of corpus, style_raw (the corpus's label) and style."""
+    rows = [(corpus, raw, style) for corpus, labels in CORPUS_STYLES.items() for raw, style in labels.items()]
+    return pd.DataFrame(rows, columns=["corpus", "style_raw", "style"])
+
+
+# "a" or "an" goes by sound, which in English is the first letter's, but for words that begin like these.
+# A euphoric, one-off, ubiquitous, uniform, usual, utopian voice; but an uninterested, unimpressed, utter one.
+_A_BEFORE_VOWEL = re.compile(r"eu|once\b|one\b|ubiq|uni(?!n|m|de)|us(?!h)|ut(?!t)", re.IGNORECASE)
+_AN_BEFORE_CONSONANT = re.compile(r"hour|honest|hono|heir", re.IGNORECASE)  # the h is silent
+
+
+def article(phrase: str) -> str:
+    """The article that the phrase's first sound asks for. Words only: not digits or abbreviations."""
+    if _AN_BEFORE_CONSONANT.match(phrase):
+        return "an"
+    return "an" if phrase[0].lower() in "aeiou" and not _A_BEFORE_VOWEL.match(phrase) else "a"
+
+
+def render(template: str, phrase: str) -> str:
+    """The template filled in: `{style}` is the phrase, `{a}` and `{A}` the article before it."""
+    a = article(phrase)
+    return template.format(style=phrase, a=a, A=a.capitalize())
+
+
+# Words that say nothing of a style by themselves, so that two styles may both have them.
+_FILLERS = {
+    "a", "an", "and", "at", "by", "full", "in", "like", "of", "off", "on", "or", "out", "the", "to", "under",
+    "up", "very", "well", "with",
+}  # fmt: skip
+_ENDINGS = (
+    "ingly", "fully", "edly", "ness", "ment", "less", "able", "ful", "ing", "ous", "ity", "ate", "ion", "ive",
+    "ed", "er", "en", "es", "ly", "al", "ic", "y", "e", "s",
+)  # fmt: skip
+
+
+def _stem(word: str) -> str:
+    """A word without "un" and endings: "joyous" meets "joyful", "unhurried" "hurrying". Crude on purpose."""
+    word = word.removeprefix("un") if len(word) > 6 else word
+    for _ in range(2):  # "emotionally" has more than one ending
+        ending = next((e for e in _ENDINGS if word.endswith(e) and len(word) >= len(e) + 3), "")
+        word = word.removesuffix(ending)
+    word = word[:-1] if word[-1] == word[-2:-1] else word  # "jogging" → "jogg" → "jog"
+    return word[:-1] + "y" if word.endswith("i") else word  # "hurried" → "hurri" → "hurry"
+
+
+def _stems(phrase: str) -> set[str]:
+    """Stems of the words of a phrase that carry its meaning."""
+    return {_stem(word) for word in re.findall(r"[^\W\d_]+", phrase.casefold()) if word not in _FILLERS}
+
+
+def _same(text: str) -> str:
+    """The text by which two phrases or templates are one: without case, hyphens, spaces and full stops."""
+    return " ".join(re.split(r"[\s\-.]+", text.casefold())).strip()
+
+
+@dataclass(frozen=True)
+class PromptBank:
+    """Prompts for the 22 styles: a template with a style's label or a phrase of its own in it (ESR, IV-A.2).
+
+    `seen` prompts are what training draws from: every training template with the label and the phrases.
+    `held_out` prompts are the held-out templates with the held-out phrases only: neither is ever trained on.
+
+    A bank that breaks a rule cannot be made. Raises:
+        ValueError: names every problem, by style and phrase: a style that is missing, unknown or empty; a
+            phrase given to two styles or twice; a held-out phrase or template equal to a training one; a
+            template without its placeholder or with its article written out.
+    """
+
+    version: int
+    labels: dict[str, str]
+    phrases: dict[str, tuple[str, ...]]
+    held_out_phrases: dict[str, tuple[str, ...]]
+    templates: tuple[str, ...]
+    held_out_templates: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if problems := self._style_problems() or self._phrase_problems() + self._template_problems():
+            raise ValueError("prompt bank: " + "; ".join(problems))
+
+    @classmethod
+    def load(cls, path: str | Path = PROMPTS_PATH) -> PromptBank:
+        """Reads and checks a bank laid out as `data_manifests/prompts.json`.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not JSON; a key missing, unknown or given twice; or a rule broken (see the class).
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
+            _expect_keys("the file", data, {"version", "about", "templates", "styles"})
+            if not isinstance(data["version"], int) or data["version"] < 1:
+                raise ValueError(f"version is {data['version']!r}; it must be a whole number from 1")
+            _expect_keys("templates", data["templates"], {"seen", "held_out"})
+            _expect_keys("styles", data["styles"], set(STYLES))
+            for style, entry in data["styles"].items():
+                _expect_keys(f"style {style}", entry, {"label", "phrases", "held_out"})
+            styles, templates = data["styles"], data["templates"]
+            return cls(
+                version=data["version"],
+                labels={style: entry["label"] for style, entry in styles.items()},
+                phrases={style: _strings(style, entry["phrases"]) for style, entry in styles.items()},
+                held_out_phrases={
+                    style: _strings(style, entry["held_out"]) for style, entry in styles.items()
+                },
+                templates=_strings("templates", templates["seen"]),
+                held_out_templates=_strings("templates", templates["held_out"]),
+            )
+        except ValueError as error:  # a JSONDecodeError is one
+            raise ValueError(f"{path}: {error}") from error
+
+    def sample(self, style: str, rng: np.random.Generator, augment: bool = True) -> str:
+        """One training prompt: a template and one of label and phrases, each drawn uniformly.
+
+        With `augment=False` it is the paper's ablation (V-C), "Speech that is <label>.": nothing is drawn.
+
+        Raises:
+            ValueError: unknown style.
+        """
+        words = self._seen_words(style)
+        if not augment:
+            return render(FIXED_TEMPLATE, words[0])
+        return render(self.templates[rng.integers(len(self.templates))], words[rng.integers(len(words))])
+
+    def all_prompts(self, style: str, prompts: Prompts = "seen") -> list[str]:
+        """Every combination once, template by template: 11 × 6 `seen` ones, or 5 × 3 `held_out` ones.
+
+        Raises:
+            ValueError: unknown style or set of prompts.
+        """
+        if prompts == "seen":
+            templates, words = self.templates, self._seen_words(style)
+        elif prompts == "held_out":
+            self._check_style(style)
+            templates, words = self.held_out_templates, self.held_out_phrases[style]
+        else:
+            raise ValueError(f"prompts is {prompts!r}; it must be 'seen' or 'held_out'")
+        return [render(template, word) for template in templates for word in words]
+
+    def table(self) -> pd.DataFrame:
+        """One row per style: its label, phrases and held-out phrases."""
+        return pd.DataFrame(
+            {
+                "style": STYLES,
+                "label": [self.labels[style] for style in STYLES],
+                "phrases": ["; ".join(self.phrases[style]) for style in STYLES],
+                "held_out": ["; ".join(self.held_out_phrases[style]) for style in STYLES],
+            }
+        )
+
+    def clashes(self) -> pd.DataFrame:
+        """Pairs of phrases that share a content word where they had better not: empty for a good bank.
+
+        Equal phrases are refused outright; this shows the looser case, by word stem ("softly spoken", "soft
+        and sad" blur two styles), and leaves the verdict to the reader. One row per pair and stem: `kind` is
+        "two styles", or "held out" where a held-out phrase shares a word with a training one of its style.
+        """
+        rows = []
+        words = [(*entry, _stems(entry[-1])) for entry in self._entries()]
+        for (style, kind, phrase, stems), (other_style, other_kind, other, others) in combinations(words, 2):
+            if style == other_style and kind == other_kind:
+                continue  # phrases of one style may share a word
+            clash = "held out" if style == other_style else "two styles"
+            rows += [(clash, stem, style, phrase, other_style, other) for stem in sorted(stems & others)]
+        return pd.DataFrame(rows, columns=["kind", "stem", "style", "phrase", "other_style", "other_phrase"])
+
+    def _check_style(self, style: str) -> None:
+        if style not in self.labels:
+            raise ValueError(f"unknown style {style!r}; the styles are {', '.join(STYLES)}")
+
+    def _seen_words(self, style: str) -> tuple[str, ...]:
+        self._check_style(style)
+        return (self.labels[style], *self.phrases[style])
+
+    def _entries(self) -> list[tuple[str, Prompts, str]]:
+        """(style, set, phrase) of everything that can fill a template."""
+        return [(style, "seen", word) for style in STYLES for word in self._seen_words(style)] + [
+            (style, "held_out", word) for style in STYLES for word in self.held_out_phrases[style]
+        ]
+
+    def _style_problems(self) -> list[str]:
+        problems = []
+        for name in ("labels", "phrases", "held_out_phrases"):
+            given = getattr(self, name)
+            problems += [f"{name}: style {style!r} is missing" for style in STYLES if style not in given]
+            problems += [f"{name}: unknown style {style!r}" for style in given if style not in STYLES]
+            problems += [f"{name}: style {style!r} has none" for style in given if not given[style]]
+        return problems
+
+    def _phrase_problems(self) -> list[str]:
+        problems, first = [], {}
+        for style, kind, phrase in self._entries():
+            if not isinstance(phrase, str) or not phrase.strip() or phrase != phrase.strip():
+                problems.append(f"style {style!r}: {phrase!r} is not a phrase")
+                continue
+            other_style, other_kind = first.get(_same(phrase), (None, None))
+            if other_style is None:
+                first[_same(phrase)] = (style, kind)
+            elif other_style != style:
+                problems.append(f"phrase {phrase!r} is given to both {other_style!r} and {style!r}")
+            elif other_kind != kind:
+                problems.append(f"style {style!r}: held-out phrase {phrase!r} is also a training phrase")
+            else:
+                problems.append(f"style {style!r}: phrase {phrase!r} is given twice")
+        return problems
+
+    def _template_problems(self) -> list[str]:
+        problems = [] if FIXED_TEMPLATE in self.templates else [f"the template {FIXED_TEMPLATE!r} is missing"]
+        if not self.held_out_templates:
+            problems.append("there is no held-out template")
+        seen: dict[str, str] = {}
+        for kind, templates in (("training", self.templates), ("held-out", self.held_out_templates)):
+            for template in templates:
+                if reason := _template_problem(template):
+                    problems.append(f"{kind} template {template!r} {reason}")
+                if (earlier := seen.setdefault(_same(template), kind)) != kind:
+                    problems.append(f"held-out template {template!r} is also a {earlier} template")
+            if len({_same(template) for template in templates}) < len(templates):
+                problems.append(f"a {kind} template is given twice")
+        return problems
+
+
+def _template_problem(template: str) -> str:
+    """Why a template cannot be used, or nothing."""
+    try:
+        fields = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
+    except ValueError as error:  # an unbalanced brace
+        return f"is malformed ({error})"
+    if fields.count("style") != 1:
+        return "must hold the placeholder {style} once"
+    if unknown := set(fields) - {"style", "a", "A"}:
+        return f"has an unknown placeholder {{{sorted(unknown)[0]}}}"
+    if re.search(r"\{a\}(?! \{style\})", template, re.IGNORECASE):
+        return "must have {a} or {A} right before {style}"
+    if re.search(r"\ban? \{style\}", template, re.IGNORECASE):
+        return "writes the article out: use {a} {style}, which becomes 'a' or 'an'"
+    return ""
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Left alone, json keeps the last of two equal keys: a style pasted twice would overwrite the first."""
+    keys = [key for key, _ in pairs]
+    if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        raise ValueError(f"{', '.join(map(repr, twice))} is given twice")
+    return dict(pairs)
+
+
+def _expect_keys(where: str, given: object, expected: set[str]) -> None:
+    if not isinstance(given, dict):
+        raise ValueError(f"{where}: {given!r} must be an object with the keys {', '.join(sorted(expected))}")
+    wrong = [f"{key!r} is missing" for key in sorted(expected - set(given))]
+    wrong += [f"{key!r} is unknown" for key in sorted(set(given) - expected)]
+    if wrong:
+        raise ValueError(f"{where}: {', '.join(wrong)}")
+
+
+def _strings(where: str, given: object) -> tuple[str, ...]:
+    # A lone string would silently become a tuple of letters.
+    if not isinstance(given, list) or not all(isinstance(item, str) for item in given):
+        raise ValueError(f"{where}: {given!r} must be a list of strings")
+    return tuple(given)

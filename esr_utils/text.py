@@ -1,0 +1,91 @@
+"""Text backbones behind one interface, and the cache of a frozen one's prompt vectors.
+
+The backbone stays frozen and in eval mode (no dropout), as in the paper, so a prompt has one vector: it is computed once.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+from esr_utils import weights
+
+_CLS = ("bert", "roberta", "xlm-roberta")  # model types whose first token stands for the text (ESR section III-B)
+_BATCH = 256
+
+
+class TextBackbone(nn.Module):
+    """A frozen text encoder: sentences in, one vector each.
+
+    Attributes:
+        dim: width of a vector.
+        pooling: `cls` (first token) or `mean` (over the valid tokens only).
+    """
+
+    def __init__(self, model: nn.Module, tokenizer, pooling: str) -> None:
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.pooling = pooling
+        self.dim = model.config.hidden_size
+        self._known: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True) -> TextBackbone:
+        """Stays in eval mode whatever its owner does: dropout would make a prompt's vector random."""
+        return super().train(False)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @torch.no_grad()
+    def tokens(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Token vectors (B, T, D) and their mask (B, T), True where valid. Texts past the model's limit are cut."""
+        encoded = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(self.device)
+        return self.model(**encoded).last_hidden_state, encoded["attention_mask"].bool()
+
+    def embed(self, texts: list[str]) -> Tensor:
+        """(B, D) float32, not normalised; each distinct text is run once in the life of this object."""
+        new = sorted({text for text in texts if text not in self._known}, key=len)  # like lengths side by side
+        for start in range(0, len(new), _BATCH):
+            part = new[start : start + _BATCH]
+            tokens, mask = self.tokens(part)
+            self._known.update(zip(part, pool_tokens(tokens.float(), mask, self.pooling), strict=True))
+        return torch.stack([self._known[text] for text in texts]).to(self.device)
+
+
+def pool_tokens(tokens: Tensor, mask: Tensor, pooling: str) -> Tensor:
+    """(B, T, D), (B, T) -> (B, D): the first token, or the mean over valid tokens (not over the padding)."""
+    if pooling == "cls":
+        return tokens[:, 0]
+    return (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+def _pooling_of(folder: Path, model_type: str) -> str:
+    """Sentence-transformers folders say how they are pooled; else [CLS] for the BERT family and mean for the rest."""
+    stated = folder / "1_Pooling" / "config.json"
+    if stated.is_file():
+        return "cls" if json.loads(stated.read_text()).get("pooling_mode_cls_token") else "mean"
+    return "cls" if model_type in _CLS else "mean"
+
+
+def load_text_backbone(name: str) -> TextBackbone:
+    """A frozen text backbone on the CPU.
+
+    Args:
+        name: `minilm` (the default), or the hub id or folder of an encoder that transformers' AutoModel loads.
+
+    Raises:
+        weights.WeightsError: not found or damaged.
+    """
+    folder = weights.find(name)
+    model_type = weights.model_type(folder)
+    options = {"add_pooling_layer": False} if model_type in _CLS else {}
+    config = AutoConfig.from_pretrained(folder)
+    with weights.quiet_transformers():
+        model = AutoModel.from_pretrained(folder, config=config, use_safetensors=True, dtype=torch.float32, **options)
+    return TextBackbone(model, AutoTokenizer.from_pretrained(folder), _pooling_of(folder, model_type))
