@@ -15,7 +15,7 @@ from esr_utils.config import SAMPLE_RATE
 LOUDNESS = ("rms_dbfs", "peak_dbfs")
 PROSODY = ("pitch_st", "pitch_spread_st", "pitch_range_st", "energy_db", "energy_spread_db", "tempo_hz", "voiced_share")
 
-_HOP, _FRAME = 160, 1024  # samples: 10 ms, 64 ms
+_HOP, _FRAME = 320, 1024  # samples: 20 ms, 64 ms
 _PITCH_HZ = (65.0, 600.0)
 _LONGEST_S = 30.0  # only the start of a longer clip is measured
 
@@ -35,19 +35,21 @@ def measure(cuts: CutSet) -> pd.DataFrame:
 def measure_waveform(waveform: NDArray[np.float32]) -> dict[str, float]:
     """Measures (S,) samples at 16 kHz.
 
-    Returns `rms_dbfs`, `peak_dbfs`; pitch in semitones re 55 Hz (YIN, voiced frames): median, standard deviation, 5–95 %
-    range; energy of the frames in dB: mean, standard deviation; `tempo_hz`, energy peaks (about syllables) a second;
-    `voiced_share` of the frames.
+    Returns `rms_dbfs`, `peak_dbfs`; pitch in semitones re 55 Hz (YIN, voiced frames): median, standard deviation,
+    5–95 % range; energy of the frames in dB: mean, standard deviation; `tempo_hz`, energy peaks (about syllables) a
+    second; `voiced_share` of the frames.
     """
     waveform = np.pad(waveform, (0, max(0, 2 * _FRAME - len(waveform))))
     energy = 20 * np.log10(librosa.feature.rms(y=waveform, frame_length=_FRAME, hop_length=_HOP)[0] + 1e-7)
-    pitch = librosa.yin(waveform, fmin=_PITCH_HZ[0], fmax=_PITCH_HZ[1], sr=SAMPLE_RATE, frame_length=_FRAME, hop_length=_HOP)
+    pitch = librosa.yin(
+        waveform, fmin=_PITCH_HZ[0], fmax=_PITCH_HZ[1], sr=SAMPLE_RATE, frame_length=_FRAME, hop_length=_HOP
+    )
     frames = min(len(energy), len(pitch))
     energy, pitch = energy[:frames], 12 * np.log2(pitch[:frames] / 55.0)
-    steady = np.abs(np.diff(pitch, prepend=pitch[0])) < 1.0  # YIN always answers; only a voiced pitch moves slowly
+    steady = np.abs(np.diff(pitch, prepend=pitch[0])) < 1.5  # YIN always answers; only a voiced pitch moves slowly
     voiced = steady & (energy > energy.max() - 30)
     pitch = pitch[voiced] if voiced.any() else np.zeros(1)
-    smooth = np.convolve(energy, np.hanning(11) / np.hanning(11).sum(), mode="same")
+    smooth = np.convolve(energy, np.hanning(7) / np.hanning(7).sum(), mode="same")
     peaks = (smooth[1:-1] > smooth[:-2]) & (smooth[1:-1] >= smooth[2:]) & (smooth[1:-1] > smooth.max() - 25)
     loud = energy[energy > energy.max() - 40]
     return {

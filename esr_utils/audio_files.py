@@ -68,9 +68,7 @@ def _header(full: str, size: int, mtime_ns: int) -> Header:
     return Header(full, info.frames, info.samplerate, info.channels)
 
 
-def check_audio(
-    header: Header, start_s: float = 0.0, end_s: float | None = None, channel: int | None = None
-) -> None:
+def check_audio(header: Header, start_s: float = 0.0, end_s: float | None = None, channel: int | None = None) -> None:
     """Decodes a range (seconds; None is the end) block by block, so that hours fit in little memory.
 
     Raises:

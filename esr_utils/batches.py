@@ -1,7 +1,7 @@
 """Cuts to batches: clips decoded, checked, resampled to 16 kHz mono, levelled, and padded side by side.
 
-A clip that cannot be used (corrupt, empty, silent, NaN, too short) is named with its reason in the batch's `skipped`, and
-the rest of the batch goes on.
+A clip that cannot be used (corrupt, empty, silent, NaN, too short) is named with its reason in the batch's `skipped`,
+and the rest of the batch goes on.
 """
 
 from __future__ import annotations

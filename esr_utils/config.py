@@ -1,7 +1,7 @@
 """The settings of a run: two frozen dataclasses that are written to `config.json` and read back from it.
 
-`.paper()` is the recipe of Kang & Roy (ESR, ASRU 2025, section IV-B); `.demo()` is the same recipe sized for a laptop with
-frozen backbones. Units stand in the comments.
+`.paper()` is the recipe of Kang & Roy (ESR, ASRU 2025, section IV-B); `.demo()` is the same recipe sized for a laptop
+with frozen backbones. Units stand in the comments.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """From clips to vectors: a frozen backbone's frames, run once and kept on disk, and the embeddings of a manifest.
 
-Kept are the frames of every layer as fp16, one safetensors file a clip, under a name made from the audio file's content, the
-range and channel cut from it, the level, and the backbone's fingerprint: a changed file, setting or backbone is another name.
-A file cut short or damaged is not read but made anew. Whisper tiny takes 0.19 MB per second of speech.
+Kept are the frames of every layer as fp16, one safetensors file a clip, under a name made from the audio file's
+content, the range and channel cut from it, the level, and the backbone's fingerprint: a changed file, setting or
+backbone is another name. A file cut short or damaged is not read but made anew. Whisper tiny takes 0.19 MB per second
+of speech.
 """
 
 from __future__ import annotations
@@ -126,9 +127,7 @@ def frozen_features(model: StyleRetriever, cuts: CutSet, level: Level, cache: Pa
     progress.close()
     cut_ids = [cut.id for cut in cuts if cut.id in pooled]
     empty = torch.zeros(0, *model.speech_head.mean.shape)
-    return Features(
-        cut_ids, torch.stack([pooled[i] for i in cut_ids]) if cut_ids else empty, skipped_table(skipped)
-    )
+    return Features(cut_ids, torch.stack([pooled[i] for i in cut_ids]) if cut_ids else empty, skipped_table(skipped))
 
 
 def _pool_one(frames: Tensor, pooling: str) -> Tensor:

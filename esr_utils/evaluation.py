@@ -10,12 +10,13 @@ Every number is a fraction and comes with a 95 % bootstrap interval over speaker
     <corpus>/zero_shot_held_out/accuracy, uar             likewise, held-out prompts
     <corpus>/control/<name>/r@1 … accuracy                what simple cues give (`controls`)
     <key>_ci95                                            [low, high]
-    <corpus>/n_clips, n_skipped, n_candidates, bootstrap  and, for the whole file, n_trials, n_candidates, seed, seconds,
-                                                          level, split
+    <corpus>/n_clips, n_skipped, n_candidates, bootstrap  of a corpus
+    n_trials, n_candidates, seed, seconds, level, split   of the whole; n_candidates is the smallest corpus's
 """
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,13 +30,16 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import confusion_matrix
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from torch.nn import functional as F
 
 from esr_utils import acoustics, intervals, metrics, trials
 from esr_utils.config import Level
+from esr_utils.corpora import DEMO_FOLDER
 from esr_utils.embedding import CACHE, Embeddings, embed
-from esr_utils.manifests import to_cuts
+from esr_utils.manifests import load_corpora, read_manifest, to_cuts, with_root
 from esr_utils.retriever import StyleRetriever
-from esr_utils.styles import PromptBank
+from esr_utils.styles import STYLES, PromptBank
+from esr_utils.text import TextBackbone
 
 PROMPTS = ("seen", "held_out")
 REPLICATES = 1000
@@ -61,10 +65,6 @@ class Evaluation:
     trials: dict[str, trials.Trials] = field(default_factory=dict)
     embeddings: Embeddings | None = None
     skipped: pd.DataFrame = field(default_factory=pd.DataFrame)
-
-    def table(self) -> pd.DataFrame:
-        """One row per corpus and system or prompt set, with the headline columns as fractions and "[low, high]"."""
-        return results_table(self.results)
 
 
 @torch.no_grad()
@@ -205,13 +205,11 @@ class Scorer:
         return pd.DataFrame(counts, index=self.styles, columns=self.styles)
 
 
-def controls(
-    manifest: pd.DataFrame, corpus: str, split: str = "test", seed: int = 0, n_trials: int = 1000
-) -> dict:
+def controls(manifest: pd.DataFrame, corpus: str, split: str = "test", seed: int = 0, n_trials: int = 1000) -> dict:
     """What simple cues give on the same trials: how far a corpus gives its styles away without any listening.
 
-    A logistic regression, trained on the corpus's own train split, ranks clips by its log-probability of the style, from
-    loudness as recorded; from pitch, energy and tempo; or from the words alone (TF-IDF). And chance.
+    A logistic regression, trained on the corpus's own train split, ranks clips by its log-probability of the style,
+    from loudness as recorded; from pitch, energy and tempo; or from the words alone (TF-IDF). And chance.
 
     Returns keys `<corpus>/control/<name>/…` for results; without a train split, chance only.
     """
@@ -244,25 +242,60 @@ def controls(
     return found
 
 
-def results_table(results: dict) -> pd.DataFrame:
-    """The flat results as a table: rows corpus and system, columns R@k, mAP@10, accuracy, each "0.50 [0.41, 0.58]"."""
-    systems: dict[tuple[str, str], dict] = {}
-    for key in results:
-        parts = key.split("/")
-        if len(parts) < 3 or "=" in key or "collection" in key or key.endswith("_ci95"):
-            continue
-        system = "/".join(parts[1:-1]).removeprefix("control/")
-        system = {"zero_shot": "seen", "zero_shot_held_out": "held_out"}.get(system, system)
-        systems.setdefault((parts[0], system), {})[parts[-1]] = with_interval(results, key)
-    table = pd.DataFrame.from_dict(systems, orient="index").rename_axis(["corpus", "prompts or control"])
-    wanted = [c for c in ("r@1", "r@5", "r@10", "r@20", "map@10", "accuracy", "uar") if c in table]
-    return table[wanted].fillna("")
+def clips_of_run(settings: dict, corpora: str = "", manifest: str = "", data_root: str = "") -> pd.DataFrame:
+    """The manifest to evaluate a run on: a CSV if given, else named corpora, else those that the run was trained on.
+
+    Args:
+        settings: the run's config.json; says where its corpora were, which is where others are looked for too.
+        corpora: "ravdess+emodb".
+        manifest: path of a manifest CSV, whose audio is beside it.
+        data_root: folder of the corpora, if not where the run had them and not $ESR_DATA.
+
+    Raises:
+        ManifestError, CorpusError: see `manifests.load_corpora`.
+    """
+    if manifest:
+        return with_root(read_manifest(manifest), Path(manifest).parent)
+    trained_in = [str(Path(root).parent) for root in settings["roots"] if Path(root) != DEMO_FOLDER]
+    roots = [data_root, os.environ.get("ESR_DATA"), *trained_in]
+    return load_corpora(corpora or settings["corpora"], next(filter(None, roots), None))
 
 
-def with_interval(results: dict, key: str) -> str:
-    """ "0.50 [0.41, 0.58]", or "0.50" where there is no interval."""
-    interval = results.get(f"{key}_ci95")
-    return f"{results[key]:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
+@torch.no_grad()
+def joint_space(
+    model: StyleRetriever, embeddings: Embeddings, manifest: pd.DataFrame, prompts: str = "held_out"
+) -> tuple[NDArray[np.float32], pd.DataFrame]:
+    """Speech and text vectors of the same styles, stacked: (N + M, d), and a row each with `style` and `modality`."""
+    style = manifest.set_index("utterance_id")["style"].loc[embeddings.utterance_ids]
+    bank = PromptBank.load()
+    texts = [(s, prompt) for s in sorted(set(style) - {""}) for prompt in bank.all_prompts(s, prompts)]
+    vectors = model.encode_text([prompt for _, prompt in texts]).cpu().numpy()
+    about = pd.DataFrame(
+        {
+            "style": [*style, *(s for s, _ in texts)],
+            "modality": ["speech"] * len(style) + ["text"] * len(texts),
+        }
+    )
+    return np.vstack([embeddings.vectors, vectors]), about
+
+
+def prompt_space(backbone: TextBackbone) -> tuple[NDArray[np.float32], pd.DataFrame]:
+    """All prompts of the bank in a text backbone's own space, before any training.
+
+    Returns (N, D) unit vectors, and a row each with `style`, `prompt` and `modality`, which is seen or held_out.
+    """
+    bank = PromptBank.load()
+    rows = [(s, prompt, prompts) for prompts in PROMPTS for s in STYLES for prompt in bank.all_prompts(s, prompts)]
+    about = pd.DataFrame(rows, columns=["style", "prompt", "modality"])
+    return F.normalize(backbone.embed(list(about["prompt"])), dim=-1).cpu().numpy(), about
+
+
+def nearest_style(vectors: NDArray, prompts: pd.DataFrame) -> pd.DataFrame:
+    """For each held-out prompt of `prompt_space`, the style whose seen prompts are nearest on average (`nearest`)."""
+    seen = (prompts["modality"] == "seen").to_numpy()
+    centres = np.stack([vectors[seen & (prompts["style"] == style).to_numpy()].mean(axis=0) for style in STYLES])
+    nearest = (vectors[~seen] @ centres.T).argmax(axis=1)
+    return prompts[~seen].assign(nearest=np.array(STYLES)[nearest]).reset_index(drop=True)
 
 
 def _prefixed(prefix: str, values: dict) -> dict:

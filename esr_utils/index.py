@@ -68,14 +68,16 @@ class SearchIndex:
         """
         sentences = [query] if isinstance(query, str) else list(query)
         if not sentences or not all(sentence.strip() for sentence in sentences):
-            raise QueryError("the query is empty: describe how the speech should sound, e.g. 'an angry, shouting voice'")
+            raise QueryError(
+                "the query is empty: describe how the speech should sound, e.g. 'an angry, shouting voice'"
+            )
         return self._nearest(self.model.encode_text(sentences).mean(0).cpu().numpy(), k, min_score)
 
     def search_like(self, example: str | Path, k: int = 10, min_score: float = -1.0) -> pd.DataFrame:
         """The k clips that sound most like an example: an utterance_id of the collection, or an audio file.
 
-        The example itself is not among the hits when it is of the collection. Returns and raises as `search`; QueryError also
-        for an example that cannot be found or read.
+        The example itself is not among the hits when it is of the collection. Returns and raises as `search`;
+        QueryError also for an example that cannot be found or read.
         """
         own = np.flatnonzero(self.clips["utterance_id"] == str(example))
         if len(own):

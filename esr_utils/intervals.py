@@ -10,9 +10,7 @@ Counts = NDArray[np.integer]
 MIN_SPEAKERS = 5  # with fewer, resampling speakers says nothing about other speakers
 
 
-def speaker_bootstrap_weights(
-    speakers: ArrayLike, n_replicates: int, rng: np.random.Generator
-) -> tuple[Counts, str]:
+def speaker_bootstrap_weights(speakers: ArrayLike, n_replicates: int, rng: np.random.Generator) -> tuple[Counts, str]:
     """How often each clip occurs in each bootstrap replicate of a test set, and the level resampled.
 
     Clips of one speaker resemble each other, so resampling clips alone gives intervals that are too narrow

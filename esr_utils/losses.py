@@ -1,7 +1,7 @@
 """The losses: pure functions from embeddings to a scalar, and the two small networks that two of them need.
 
-Embeddings are e_s = speech and e_t = text, (B, d), pair i in row i, not normalised unless said so. Each objective is the
-mean over both directions and all rows, so that their weights compare.
+Embeddings are e_s = speech and e_t = text, (B, d), pair i in row i, not normalised unless said so. Each objective is
+the mean over both directions and all rows, so that their weights compare.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ def multi_positive(logits: Tensor, style: Tensor) -> Tensor:
 def hard_negative(logits: Tensor, gamma: float = 0.15) -> Tensor:
     """Hard-negative guided loss, FS-CLAP Eqs. (1) and (2): negatives weigh by how close they are.
 
-    alpha_ij = B exp(gamma S_ij) / sum_k exp(gamma S_ik), k over all pairs, and gradients flow through the weights. Eq. (1)
-    sums over rows and directions; this is the mean, so the paper's value is 2B times this. gamma = 0 is `info_nce`.
+    alpha_ij = B exp(gamma S_ij) / sum_k exp(gamma S_ik), k over all pairs, and gradients flow through the weights.
+    Eq. (1) sums over rows and directions; this is the mean, so the paper's value is 2B times this. gamma = 0 is
+    `info_nce`.
 
     Args:
         logits: (B, B) similarity / tau = S.
@@ -111,8 +112,8 @@ def two_layer(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 def modality(discriminator: nn.Module, speech: Tensor, text: Tensor, weight: float) -> Tensor:
     """Discriminator loss, ESR Eqs. (3) and (4), in one backward pass.
 
-    The discriminator minimises it at weight 1; through the reversal the encoders receive -weight of its gradient, that is
-    lambda_adv times the gradient of L_adv = -L_disc, and nothing else of it.
+    The discriminator minimises it at weight 1; through the reversal the encoders receive -weight of its gradient,
+    that is lambda_adv times the gradient of L_adv = -L_disc, and nothing else of it.
 
     Args:
         discriminator: (B, d) -> (B, 1) logit that an embedding is speech.

@@ -152,9 +152,7 @@ def table_problems(manifest: pd.DataFrame) -> list[Found]:
     if {"utterance_id", "corpus"} <= set(manifest.columns):
         ids = manifest["utterance_id"].str.split("/").str[0]
         for position in (ids != manifest["corpus"]).to_numpy().nonzero()[0].tolist():
-            found.append(
-                (position, "corpus", f"{manifest['corpus'][position]!r} does not begin the utterance_id")
-            )
+            found.append((position, "corpus", f"{manifest['corpus'][position]!r} does not begin the utterance_id"))
     return found
 
 
@@ -172,7 +170,5 @@ def located(manifest: pd.DataFrame, found: list[Found]) -> list[Problem]:
         first.setdefault((at, column), reason)
     return [
         Problem(None, "", column, reason) if at is None else Problem(int(lines[at]), ids[at], column, reason)
-        for (at, column), reason in sorted(
-            first.items(), key=lambda item: -1 if item[0][0] is None else item[0][0]
-        )
+        for (at, column), reason in sorted(first.items(), key=lambda item: -1 if item[0][0] is None else item[0][0])
     ]

@@ -58,9 +58,7 @@ def validate(manifest: pd.DataFrame, root: str | Path, read_data: bool = False) 
     return manifest
 
 
-def _audio_problems(
-    manifest: pd.DataFrame, root: str | Path, read_data: bool, garbled: set
-) -> Iterator[Found]:
+def _audio_problems(manifest: pd.DataFrame, root: str | Path, read_data: bool, garbled: set) -> Iterator[Found]:
     for position, row in enumerate(manifest[["path", *NUMERIC]].itertuples(index=False)):
         if not row.path or position in garbled:
             continue  # reported already
@@ -118,9 +116,7 @@ def read_table(path: str | Path) -> pd.DataFrame:
                 rows.append(row)
                 if len(row) != len(header):
                     identity = row[0] if row else ""
-                    problems.append(
-                        Problem(reader.line_num, identity, "", f"has {len(row)} cells of {len(header)}")
-                    )
+                    problems.append(Problem(reader.line_num, identity, "", f"has {len(row)} cells of {len(header)}"))
         except (csv.Error, UnicodeDecodeError) as error:
             problems.append(Problem(reader.line_num + 1, "", "", f"is not UTF-8 CSV: {error}"))
     if not header:
@@ -217,22 +213,27 @@ def load_corpora(names: str | Sequence[str], data_root: str | Path | None = None
     extra = [column for column in together.columns if column not in COLUMNS]
     together[extra] = together[extra].fillna("")
     if together["utterance_id"].duplicated().any():
-        raise CorpusError(
-            f"two of {'+'.join(names)} share an utterance_id: do two folders hold the same corpus?"
-        )
-    together.attrs = {
-        "left_out": {n: m.attrs.get("left_out", {}) for n, m in zip(names, loaded, strict=True)}
-    }
+        raise CorpusError(f"two of {'+'.join(names)} share an utterance_id: do two folders hold the same corpus?")
+    together.attrs = {"left_out": {n: m.attrs.get("left_out", {}) for n, m in zip(names, loaded, strict=True)}}
     return together
+
+
+def write_missing(manifest: pd.DataFrame) -> list[Path]:
+    """Writes manifest.csv into each corpus folder of `load_corpora`'s table that has none; returns those written."""
+    written = []
+    for root, part in manifest.groupby("root", sort=False):
+        path = Path(root) / "manifest.csv"
+        if not path.exists():
+            write_manifest(part.reset_index(drop=True), path)
+            written.append(path)
+    return written
 
 
 def statistics(manifest: pd.DataFrame) -> pd.DataFrame:
     """Hours, clips and speakers of each corpus x split x style that occurs; the style may be ""."""
     manifest = manifest.assign(split=pd.Categorical(manifest["split"], SPLITS, ordered=True))
     groups = manifest.groupby(["corpus", "split", "style"], observed=True)
-    table = groups.agg(
-        hours=("duration_s", "sum"), clips=("utterance_id", "size"), speakers=("speaker", _count_named)
-    )
+    table = groups.agg(hours=("duration_s", "sum"), clips=("utterance_id", "size"), speakers=("speaker", _count_named))
     table = table.reset_index().astype({"split": "str"})
     return table.assign(hours=table["hours"] / 3600)
 
@@ -245,9 +246,7 @@ def table_one(manifest: pd.DataFrame) -> pd.DataFrame:
     together = manifest.assign(corpus="Total")
     rows = pd.concat([manifest, together] if len(manifest) else [together])
     groups = rows.groupby("corpus", sort=False)
-    hours = groups.apply(
-        lambda part: part.groupby("split")["duration_s"].sum().reindex(SPLITS, fill_value=0.0) / 3600
-    )
+    hours = groups.apply(lambda part: part.groupby("split")["duration_s"].sum().reindex(SPLITS, fill_value=0.0) / 3600)
     return pd.concat([groups["style"].agg(_count_named).rename("styles"), hours], axis=1)
 
 
@@ -270,9 +269,7 @@ def to_cuts(manifest: pd.DataFrame, root: str | Path | None = None) -> CutSet:
         ValueError: neither `root` nor a column `root`.
     """
     if root is None and "root" not in manifest:
-        raise ValueError(
-            "to_cuts needs the corpus folder: pass root=, or load the manifest with load_corpora"
-        )
+        raise ValueError("to_cuts needs the corpus folder: pass root=, or load the manifest with load_corpora")
     own = ["utterance_id", "path", "corpus", *NUMERIC]
     custom = manifest.drop(columns=["path", *NUMERIC, "root"], errors="ignore").to_dict("records")
     roots = manifest["root"] if root is None else [root] * len(manifest)
@@ -304,6 +301,4 @@ def _cut(row: tuple, recording: Recording, custom: dict) -> MonoCut | MultiCut:
     first, last = round(start_s * rate), min(round(end_s * rate), recording.num_samples)
     channels = recording.channel_ids if pd.isna(row.channel) else [int(row.channel)]
     kind, channel = (MonoCut, channels[0]) if len(channels) == 1 else (MultiCut, channels)
-    return kind(
-        row.utterance_id, first / rate, (last - first) / rate, channel, recording=recording, custom=custom
-    )
+    return kind(row.utterance_id, first / rate, (last - first) / rate, channel, recording=recording, custom=custom)

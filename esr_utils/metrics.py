@@ -140,9 +140,7 @@ def _above_and_tied(positive: ArrayLike, distractors: ArrayLike) -> tuple[Counts
     return (distractors > positive).sum(axis=1), (distractors == positive).sum(axis=1)
 
 
-def _others_above(
-    scores: Floats, is_target: NDArray[np.bool_], weights: Counts
-) -> tuple[Counts, Counts, Counts]:
+def _others_above(scores: Floats, is_target: NDArray[np.bool_], weights: Counts) -> tuple[Counts, Counts, Counts]:
     """Weighted counts of other-style clips: all (R,), above each positive (R, P), level with it (R, P)."""
     order = np.argsort(scores[~is_target])
     ascending = scores[~is_target][order]
@@ -275,9 +273,7 @@ def accuracy(truth: ArrayLike, predicted: ArrayLike, weights: ArrayLike | None =
     return counts @ correct / counts.sum(axis=-1)
 
 
-def unweighted_average_recall(
-    truth: ArrayLike, predicted: ArrayLike, weights: ArrayLike | None = None
-) -> Floats:
+def unweighted_average_recall(truth: ArrayLike, predicted: ArrayLike, weights: ArrayLike | None = None) -> Floats:
     """Mean over the styles present in `truth` of the share of their clips that is recognised.
 
     Unlike accuracy, it does not reward guessing the most frequent style. A style that is only predicted has

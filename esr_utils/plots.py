@@ -1,4 +1,5 @@
-"""Figures and players for notebooks: each function takes tables or arrays and returns a figure, or HTML to listen to."""
+"""Figures and players for notebooks: each function takes tables or arrays and returns a figure, or HTML to listen
+to."""
 
 from __future__ import annotations
 
@@ -27,7 +28,11 @@ COLOURS = {
     style: colour
     for style, colour in zip(
         STYLES,
-        [c for pair in zip(sns.husl_palette(11, l=0.45), sns.husl_palette(11, h=0.05, l=0.72), strict=True) for c in pair],
+        [
+            c
+            for pair in zip(sns.husl_palette(11, l=0.45), sns.husl_palette(11, h=0.05, l=0.72), strict=True)
+            for c in pair
+        ],
         strict=True,
     )
 }
@@ -51,10 +56,20 @@ def training_curves(metrics: list[dict]) -> Figure:
             if f"{side}_{term}" in table:
                 axis.plot(table["epoch"], table[f"{side}_{term}"], style, label=side)
         for i, (stage, part) in enumerate(table.groupby("stage", sort=False)):
-            axis.axvspan(part["epoch"].min() - 0.5, part["epoch"].max() + 0.5, color="grey", alpha=0.05 + 0.06 * i, lw=0)
+            axis.axvspan(
+                part["epoch"].min() - 0.5, part["epoch"].max() + 0.5, color="grey", alpha=0.05 + 0.06 * i, lw=0
+            )
             axis.annotate(stage, (part["epoch"].min(), 1.01), xycoords=("data", "axes fraction"), fontsize=7)
         axis.set(xlabel="epoch", title=term + "\n", ylabel="loss")
         axis.legend(frameon=False)
+    return figure
+
+
+def durations(manifest: pd.DataFrame) -> Figure:
+    """How long the clips of each corpus are."""
+    figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
+    sns.histplot(manifest, x="duration_s", hue="corpus", bins=40, multiple="stack", ax=axis)
+    axis.set(xlabel="duration (s)", ylabel="clips")
     return figure
 
 
@@ -71,7 +86,7 @@ def recall_by_style(per_style: pd.DataFrame, metric: str = "r@10") -> Figure:
         size = f"1-in-{most}" if fewest == most else f"1-in-{fewest} to {most}"
         axis.set(title=f"{corpus}: {metric} per style, {size}", xlabel="", ylabel=metric, ylim=(0, 1))
         axis.tick_params(axis="x", rotation=60)
-        axis.legend(frameon=False, title="prompts")
+        axis.legend(frameon=False, title="prompts", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
@@ -81,8 +96,17 @@ def confusion(counts: pd.DataFrame, title: str) -> Figure:
     size = 2.2 + 0.36 * len(counts)
     figure, axis = plt.subplots(figsize=(size + 0.8, size), layout="constrained")
     small = len(counts) > 12
-    sns.heatmap(shares, vmin=0, vmax=1, cmap="mako_r", annot=True, fmt=".1f" if small else ".2f", ax=axis,
-                annot_kws={"fontsize": 6 if small else 8}, cbar_kws={"label": "share of the style's clips"})  # fmt: skip
+    sns.heatmap(
+        shares,
+        vmin=0,
+        vmax=1,
+        cmap="mako_r",
+        annot=True,
+        fmt=".1f" if small else ".2f",
+        ax=axis,
+        annot_kws={"fontsize": 6 if small else 8},
+        cbar_kws={"label": "share of the style's clips"},
+    )
     axis.set(title=title, xlabel="style found", ylabel="true style")
     return figure
 
@@ -116,16 +140,16 @@ def project_2d(vectors: NDArray, method: str, seed: int = 0) -> NDArray:
 
 
 def joint_map(points: NDArray, styles: list[str], modality: list[str], title: str) -> Figure:
-    """Speech (dots) and text (crosses) in one plane, a colour a style (ESR Figure 4)."""
+    """Two kinds of vectors in one plane, a colour a style; the first kind as dots, the other as crosses (ESR Fig. 4)."""
     frame = pd.DataFrame({"x": points[:, 0], "y": points[:, 1], "style": styles, "modality": modality})
-    present = [style for style in STYLES if style in set(styles)]
+    present, kinds = [style for style in STYLES if style in set(styles)], list(dict.fromkeys(modality))
     figure, axis = plt.subplots(figsize=(8.4, 6.2), layout="constrained")
     for style in present:
         part = frame[frame["style"] == style]
-        speech, text = part[part["modality"] == "speech"], part[part["modality"] == "text"]
-        axis.scatter(speech["x"], speech["y"], s=12, color=COLOURS[style], alpha=0.65, lw=0, label=style)
-        axis.scatter(text["x"], text["y"], s=46, color=COLOURS[style], marker="X", edgecolor="black", lw=0.5)
-    axis.set(title=f"{title} (dots: speech, crosses: text prompts)", xticks=[], yticks=[])
+        dots, crosses = part[part["modality"] == kinds[0]], part[part["modality"] != kinds[0]]
+        axis.scatter(dots["x"], dots["y"], s=12, color=COLOURS[style], alpha=0.65, lw=0, label=style)
+        axis.scatter(crosses["x"], crosses["y"], s=46, color=COLOURS[style], marker="X", edgecolor="black", lw=0.5)
+    axis.set(title=f"{title}\ndots: {kinds[0]}, crosses: {kinds[-1]}".replace("_", "-"), xticks=[], yticks=[])
     axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, markerscale=2)
     return figure
 

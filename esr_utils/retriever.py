@@ -1,8 +1,8 @@
 """StyleRetriever: a speech encoder and a text encoder into one space, where the cosine says how well a sentence fits.
 
 speech: backbone frames (B, L, T, D) -> pooled over time per layer (B, L, P) -> standardised -> mixed over layers ->
-linear projection (B, d). text: backbone vector -> linear projection (B, d). (ESR section III-A, B; the paper reads the last
-layer and its mean; `ModelConfig.paper()` is just that.)
+linear projection (B, d). text: backbone vector -> linear projection (B, d). (ESR section III-A, B; the paper reads
+the last layer and its mean; `ModelConfig.paper()` is just that.)
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ class StyleRetriever(nn.Module):
     def save(self, folder: str | Path) -> None:
         """Writes `config.json` and `model.safetensors`: what was trained, and of an untouched backbone name and hash.
 
-        Each file is replaced at once; the settings name the weights' hash, so a mixture of two saves is refused at load.
+        Each file is replaced at once; the settings name the weights' hash, so a mixture of two saves is refused at
+        load.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)

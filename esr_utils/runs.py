@@ -1,10 +1,11 @@
-"""Run folders: where a run keeps its settings, log, checkpoints, results and figures, all readable without this package.
+"""Run folders: where a run keeps its settings, log, checkpoints, results and figures, all readable without this
+package.
 
-    runs/<name>/config.json      settings, seed, corpora, versions
-                metrics.jsonl    one line per epoch
-                best/            the retriever with the lowest validation loss
-                results.json     flat keys, fractions
-                figures/
+runs/<name>/config.json      settings, seed, corpora, versions
+            metrics.jsonl    one line per epoch
+            best/            the retriever with the lowest validation loss
+            results.json     flat keys, fractions
+            figures/
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 
 PROJECT = Path(__file__).resolve().parents[1]
 RUNS = PROJECT / "runs"
+DEFAULT_RUN = "train"  # what 03_train writes and the notebooks after it read, unless told otherwise
 
 
 def run_folder(run: str | Path) -> Path:
@@ -119,9 +121,9 @@ def pick_device(device: str = "auto") -> torch.device:
 def check_parameters(namespace: dict[str, Any]) -> None:
     """Stops a notebook that was given a parameter it does not declare, or a value of the wrong type.
 
-    papermill puts what it was given into a cell of its own, below the one tagged `parameters`, and only warns about names
-    that the latter lacks. A notebook therefore calls this with its `globals()` in the cell after: declared are the
-    annotated names; given are those assigned in papermill's cell, which opens with the comment `# Parameters`.
+    papermill puts what it was given into a cell of its own, below the one tagged `parameters`, and only warns about
+    names that the latter lacks. A notebook therefore calls this with its `globals()` in the cell after: declared are
+    the annotated names; given are those assigned in papermill's cell, which opens with the comment `# Parameters`.
 
     Raises:
         TypeError: with the list of known parameters.

@@ -1,8 +1,8 @@
 """Speech backbones behind one interface: waveforms in, the frames of every layer out, and a mask of the valid ones.
 
-A clip's frames do not depend on what it is batched with: whatever lies past its end is set to zero before each operation
-that looks sideways (the STFT, convolutions), and is masked out of attention. What comes after (layer mix, pooling,
-projection) is in `retriever`, so that a frozen backbone's frames can be kept (`features`).
+A clip's frames do not depend on what it is batched with: whatever lies past its end is set to zero before each
+operation that looks sideways (the STFT, convolutions), and is masked out of attention. What comes after (layer mix,
+pooling, projection) is in `retriever`, so that a frozen backbone's frames can be kept (`features`).
 """
 
 from __future__ import annotations

@@ -168,9 +168,7 @@ class PromptBank:
                 version=data["version"],
                 labels={style: entry["label"] for style, entry in styles.items()},
                 phrases={style: _strings(style, entry["phrases"]) for style, entry in styles.items()},
-                held_out_phrases={
-                    style: _strings(style, entry["held_out"]) for style, entry in styles.items()
-                },
+                held_out_phrases={style: _strings(style, entry["held_out"]) for style, entry in styles.items()},
                 templates=_strings("templates", templates["seen"]),
                 held_out_templates=_strings("templates", templates["held_out"]),
             )

@@ -1,6 +1,7 @@
 """Text backbones behind one interface, and the cache of a frozen one's prompt vectors.
 
-The backbone stays frozen and in eval mode (no dropout), as in the paper, so a prompt has one vector: it is computed once.
+The backbone stays frozen and in eval mode (no dropout), as in the paper, so a prompt has one vector: it is computed
+once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The staged schedule and the one fit loop, run by Accelerate.
 
-What is random in an epoch follows from (seed, epoch) alone, and the state at the end of every epoch is on disk, so that a run
-that was stopped, or killed, goes on with the same losses to the last bit.
+What is random in an epoch follows from (seed, epoch) alone, and the state at the end of every epoch is on disk, so
+that a run that was stopped, or killed, goes on with the same losses to the last bit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from esr_utils import batches, embedding, losses, runs
 from esr_utils.config import ModelConfig, TrainConfig
-from esr_utils.manifests import to_cuts
+from esr_utils.manifests import load_corpora, to_cuts
 from esr_utils.retriever import StyleRetriever
 from esr_utils.styles import STYLES, PromptBank
 
@@ -89,9 +89,9 @@ def fit(
 ) -> StyleRetriever:
     """Trains on the manifest's train split, chooses on its val split, and returns the best retriever.
 
-    Writes the run folder (see `runs`). Called again with the same settings it goes on where it was, or, where the run is
-    finished, returns its result. "Best" is the lowest contrastive loss over the whole validation split, once that loss is on,
-    with prompts and order fixed; without a validation split it is the last epoch.
+    Writes the run folder (see `runs`). Called again with the same settings it goes on where it was, or, where the run
+    is finished, returns its result. "Best" is the lowest contrastive loss over the whole validation split, once that
+    loss is on, with prompts and order fixed; without a validation split it is the last epoch.
 
     Args:
         manifest: rows of `manifests.load_corpora`, with their `root`.
@@ -108,6 +108,21 @@ def fit(
     trainer = _Trainer(manifest, folder, model_config, config, device, cache)
     trainer.run()
     return StyleRetriever.load(folder / "best", trainer.accelerator.device)
+
+
+def load_run(run: str | Path = runs.DEFAULT_RUN, device: str = "auto") -> tuple[StyleRetriever, dict]:
+    """The best retriever of a run, and the settings in its config.json.
+
+    The default run, and only that, is trained first (demo corpus, default settings) where it is not there yet.
+
+    Raises:
+        weights.WeightsError: no such run, or its files are damaged.
+    """
+    folder = runs.run_folder(run)
+    if str(run) == runs.DEFAULT_RUN and not (folder / "config.json").is_file():
+        fit(load_corpora("demo"), run, device=device)
+    model = StyleRetriever.load(folder / "best", runs.pick_device(device))
+    return model, runs.read_json(folder / "config.json")
 
 
 def _claim(folder: Path, manifest: pd.DataFrame, model_config: ModelConfig, config: TrainConfig) -> None:
@@ -136,7 +151,9 @@ def _claim(folder: Path, manifest: pd.DataFrame, model_config: ModelConfig, conf
     ]
     changed += [f"{key}: other than now" for key in ("corpora", "manifest_sha256") if there[key] != now[key]]
     if changed:
-        raise RunExists(f"{folder} holds another run ({'; '.join(changed)}): choose another `run`, or delete that folder")
+        raise RunExists(
+            f"{folder} holds another run ({'; '.join(changed)}): choose another `run`, or delete that folder"
+        )
 
 
 class _Trainer:
@@ -321,7 +338,9 @@ class _Trainer:
         trained = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
         missing = set(self._trained()) - set(trained)
         if missing:
-            raise ValueError(f"{self.folder / self.progress.state} lacks {sorted(missing)}: delete the run and start anew")
+            raise ValueError(
+                f"{self.folder / self.progress.state} lacks {sorted(missing)}: delete the run and start anew"
+            )
         self.bare.load_state_dict(trained, strict=False)
         moments: dict[int, dict] = defaultdict(dict)
         for name, value in state.items():

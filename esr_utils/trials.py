@@ -155,9 +155,7 @@ def build_trials(
     return Trials(corpus, split, int(seed), tuple(utterances), table)
 
 
-def trial_values(
-    trials: Trials, scores: Mapping[str, NDArray[np.floating]], ks: Sequence[int] = KS
-) -> pd.DataFrame:
+def trial_values(trials: Trials, scores: Mapping[str, NDArray[np.floating]], ks: Sequence[int] = KS) -> pd.DataFrame:
     """The metrics of every single trial: a row each with style, utterance_id (its positive), r@k …, map@10.
 
     Joined with a manifest on utterance_id this gives results by gender, language, length or intensity of the
@@ -178,9 +176,7 @@ def trial_values(
     return pd.concat(frames, ignore_index=True)
 
 
-def evaluate_trials(
-    trials: Trials, scores: Mapping[str, NDArray[np.floating]], ks: Sequence[int] = KS
-) -> pd.DataFrame:
+def evaluate_trials(trials: Trials, scores: Mapping[str, NDArray[np.floating]], ks: Sequence[int] = KS) -> pd.DataFrame:
     """Mean of `trial_values` over each style's trials: a row each with style, n_trials, n_candidates, r@k …
 
     The paper's figure for a corpus is the mean of the rows. Equal scores everywhere give chance, k /

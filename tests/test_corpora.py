@@ -192,10 +192,7 @@ def tsv(root: Path, rows: Sequence[Sequence[str]]) -> None:
 def test_nemo_labels(tmp_path: Path) -> None:
     put(
         tmp_path,
-        *(
-            f"samples/{name}.wav"
-            for name in ("KS0_fear_38", "KD0_anger_1", "WR0_sadness_2", "WR0_joy_3", "stray")
-        ),
+        *(f"samples/{name}.wav" for name in ("KS0_fear_38", "KD0_anger_1", "WR0_sadness_2", "WR0_joy_3", "stray")),
     )
     rows = [
         ("WR0_sadness_2", "sadness", "Nie waśńmy się ze sobą.", "WR0", "male"),
@@ -250,15 +247,12 @@ def assert_agree(prepared: pd.DataFrame, rows: pd.DataFrame) -> None:
     prepared = prepared.set_index("utterance_id")
     assert sorted(prepared.index) == sorted(rows.index)
     pd.testing.assert_frame_equal(prepared.loc[rows.index, AGREED], rows[AGREED])
-    np.testing.assert_allclose(
-        prepared.loc[rows.index, "duration_s"], rows["duration_s"].astype(float), atol=0.002
-    )
+    np.testing.assert_allclose(prepared.loc[rows.index, "duration_s"], rows["duration_s"].astype(float), atol=0.002)
 
 
 def test_ravdess_agrees_with_its_copy(tmp_path: Path) -> None:
     ids = [
-        f"03-01-{emotion:02}-01-01-01-{actor:02}"
-        for emotion, actor in zip(range(1, 9), range(10, 24, 2), strict=False)
+        f"03-01-{emotion:02}-01-01-01-{actor:02}" for emotion, actor in zip(range(1, 9), range(10, 24, 2), strict=False)
     ]
     ids += ["03-01-03-01-02-01-07", "03-01-08-02-02-02-24"]
     rows = copied("ravdess", ids, tmp_path, "{speaker}/{name}.wav", 48_000)

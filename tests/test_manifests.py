@@ -260,10 +260,7 @@ def tables(draw: st.DrawFn) -> pd.DataFrame:
                 end_s=end_s,
                 duration_s=(1.0 if end_s == "" else end_s) - (start_s or 0),
                 channel=draw(st.sampled_from(["", 0])),
-                **{
-                    name: draw(CELL)
-                    for name in ("text", "caption", "speaker", "source", "a column, of my own")
-                },
+                **{name: draw(CELL) for name in ("text", "caption", "speaker", "source", "a column, of my own")},
             )
         )
     return pd.DataFrame(rows, columns=[*COLUMNS, "a column, of my own"])
@@ -316,9 +313,7 @@ def test_a_crash_leaves_the_old_manifest(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_manifest_cut_short_is_refused(home: Path) -> None:
     path = home / "cut.csv"
-    write_manifest(
-        pd.DataFrame([row(0), row(1, text='she said "no", and\nleft', licence="CC0", source="disk")]), path
-    )
+    write_manifest(pd.DataFrame([row(0), row(1, text='she said "no", and\nleft', licence="CC0", source="disk")]), path)
     whole = path.read_bytes()
     second = whole.index(b"mine/001")
     for length in range(second + 1, whole.index(b",CC0") + 1):

@@ -127,9 +127,7 @@ def test_prompts_are_clean_sentences(bank):
 
 
 def test_no_prompt_belongs_to_two_styles(bank):
-    prompts = [
-        prompt for style in STYLES for prompt in bank.all_prompts(style) + bank.all_prompts(style, "held_out")
-    ]
+    prompts = [prompt for style in STYLES for prompt in bank.all_prompts(style) + bank.all_prompts(style, "held_out")]
     assert len(prompts) == len(set(prompts))
 
 
@@ -296,9 +294,7 @@ def test_every_problem_is_named_at_once(load_changed):
 def test_a_style_given_twice_in_the_file_is_refused(tmp_path):
     # json would keep the second and say nothing
     path = tmp_path / "prompts.json"
-    path.write_text(
-        PROMPTS_PATH.read_text(encoding="utf-8").replace('"awe": {', '"angry": {', 1), encoding="utf-8"
-    )
+    path.write_text(PROMPTS_PATH.read_text(encoding="utf-8").replace('"awe": {', '"angry": {', 1), encoding="utf-8")
     with pytest.raises(ValueError, match="'angry' is given twice"):
         PromptBank.load(path)
 
@@ -330,9 +326,7 @@ def test_a_bank_built_by_hand_is_checked_too(bank):
     ],
 )
 def test_clashes_show_phrases_that_share_a_content_word(bank, style, field, phrase, kind, other):
-    changed = replace(
-        bank, **{field: {**getattr(bank, field), style: (*getattr(bank, field)[style], phrase)}}
-    )
+    changed = replace(bank, **{field: {**getattr(bank, field), style: (*getattr(bank, field)[style], phrase)}})
     clashes = changed.clashes()
     row = clashes[(clashes["kind"] == kind) & (clashes[["phrase", "other_phrase"]] == phrase).any(axis=1)]
     assert other in set(row["phrase"]) | set(row["other_phrase"])

@@ -15,9 +15,7 @@ def collection(sizes: dict[str, int], corpus="toy", split="test") -> pd.DataFram
     styles = [style for style, size in sizes.items() for _ in range(size)]
     ids = [f"{corpus}/{split}_{i:04d}" for i in range(len(styles))]
     gender = ["female" if i % 2 else "male" for i in range(len(styles))]
-    return pd.DataFrame(
-        {"utterance_id": ids, "corpus": corpus, "split": split, "style": styles, "gender": gender}
-    )
+    return pd.DataFrame({"utterance_id": ids, "corpus": corpus, "split": split, "style": styles, "gender": gender})
 
 
 SIZES = {"angry": 12, "happy": 20, "sad": 30, "": 9}

@@ -64,9 +64,7 @@ def prepare(root: Path) -> pd.DataFrame:
             left_out[path] = "same name as another file"
         else:
             try:
-                rows[file.stem] = _row(
-                    file.stem, path, read_header(root, path).duration_s, **parts.groupdict()
-                )
+                rows[file.stem] = _row(file.stem, path, read_header(root, path).duration_s, **parts.groupdict())
             except AudioError as error:
                 left_out[path] = str(error)
     return build_manifest([rows[name] for name in sorted(rows)], left_out)

@@ -60,9 +60,7 @@ def prepare(root: Path) -> pd.DataFrame:
 
 def _labels(file: Path) -> Iterator[dict[str, str]]:
     if not file.is_file():
-        raise CorpusError(
-            f"there is no {file}. {ABOUT} Get it from {SOURCE}. Licence: {LICENCE}. Layout: {LAYOUT}."
-        )
+        raise CorpusError(f"there is no {file}. {ABOUT} Get it from {SOURCE}. Licence: {LICENCE}. Layout: {LAYOUT}.")
     with file.open(newline="", encoding="utf-8-sig") as lines:
         table = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE, restval="")
         if missing := set(FIELDS) - set(table.fieldnames or ()):

@@ -69,9 +69,7 @@ def _unwanted(name: str, names: set[str]) -> str:
         return "not the audio-only modality"
     if SAME_RECORDING.get(name) in names:
         return "same recording as another file"
-    known = (
-        emotion in EMOTIONS and intensity in INTENSITIES and statement in STATEMENTS and 1 <= int(actor) <= 24
-    )
+    known = emotion in EMOTIONS and intensity in INTENSITIES and statement in STATEMENTS and 1 <= int(actor) <= 24
     return "" if channel == "01" and known else "name is not of RAVDESS"
 
 
