@@ -60,19 +60,23 @@ class ModelConfig(_Config):
 
     speech_backbone: str = "whisper-tiny"  # short name, hub id or folder
     text_backbone: str = "minilm"  # short name, hub id or folder
-    pooling: Pooling = "stats"  # over time: mean, or mean and standard deviation
+    pooling: Pooling = "stats"  # over time: mean of all frames, or mean and deviation of those that carry speech
     mix_layers: bool = True  # learned weights over all layers; False reads the last layer only, as the paper does
-    dropout: float = 0.0  # share of the pooled features dropped in training, before the projection
+    dropout: float = 0.3  # share of the pooled features dropped in training, before the projection
     dim: int = 512  # d, of the joint space
     temperature: float = 0.07  # tau at the start; learned from there
 
     def __post_init__(self) -> None:
         self._check_choices(pooling=Pooling)
         self._check_positive("dim", "temperature")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout is {self.dropout!r}; it must be at least 0 and below 1")
 
     @classmethod
     def paper(cls) -> Self:
-        return cls(speech_backbone="emotion2vec", text_backbone="roberta", pooling="mean", mix_layers=False)
+        return cls(
+            speech_backbone="emotion2vec", text_backbone="roberta", pooling="mean", mix_layers=False, dropout=0.0
+        )
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from esr_utils.retriever import StyleRetriever, pool
 from esr_utils.speech import SpeechBackbone
 
 CACHE = runs.RUNS / "cache"
-_FORMAT = 1  # part of every name: raise it when the way frames are computed changes
+_FORMAT = 2  # part of every name: raise it when the way frames are computed changes
 _BATCH = 16  # clips a forward pass
 
 
@@ -64,20 +64,20 @@ class FrameCache:
                 self._digests[key] = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
         return self._digests[key]
 
-    def read(self, cut: Cut) -> Tensor | None:
-        """(L, T, D) fp16, or None if they are not there whole."""
+    def read(self, cut: Cut) -> tuple[Tensor, Tensor] | None:
+        """Frames (L, T, D) fp16 and which carry speech (T,) bool, or None if they are not there whole."""
         try:
             with safe_open(self.path(cut), framework="pt") as file:
-                frames = file.get_tensor("frames")
+                frames, active = file.get_tensor("frames"), file.get_tensor("active")
         except (OSError, SafetensorError):
             return None
         fits = frames.dtype == torch.float16 and frames.dim() == 3 and (frames.shape[0], frames.shape[2]) == self.shape
-        return frames if fits else None
+        return (frames, active) if fits and active.shape == frames.shape[1:2] else None
 
-    def write(self, cut: Cut, frames: Tensor) -> None:
-        """Keeps (L, T, D) fp16, atomically."""
+    def write(self, cut: Cut, frames: Tensor, active: Tensor) -> None:
+        """Keeps frames (L, T, D) fp16 and which carry speech (T,) bool, atomically."""
         with runs.atomic_path(self.path(cut)) as temporary:
-            save_file({"frames": frames.contiguous()}, temporary)
+            save_file({"frames": frames.contiguous(), "active": active.contiguous()}, temporary)
 
 
 @dataclass(frozen=True)
@@ -106,23 +106,22 @@ def frozen_features(model: StyleRetriever, cuts: CutSet, level: Level, cache: Pa
     progress = tqdm(total=len(cuts), desc="frames", unit="clip", leave=False)
     for cut in cuts:
         try:
-            frames = kept.read(cut)
+            found = kept.read(cut)
         except OSError:  # the audio file itself is gone: decoding it will say so
-            frames = None
-        if frames is None:
+            found = None
+        if found is None:
             missing.append(cut)
             continue
-        pooled[cut.id] = _pool_one(frames, model.config.pooling)
+        pooled[cut.id] = _pool_one(*found, model.config.pooling)
         progress.update()
     skipped = []
     by_id = {cut.id: cut for cut in missing}
     for batch in batches.ordered_batches(missing, _BATCH, level):
         skipped += batch["skipped"]
         if batch["cut_id"]:
-            layers, mask = model.speech.layers(batch["waveform"].to(model.device), batch["n_samples"].to(model.device))
-            for cut_id, frames, valid in zip(batch["cut_id"], layers.half().cpu(), mask.sum(1).tolist(), strict=True):
-                kept.write(by_id[cut_id], frames[:, :valid])
-                pooled[cut_id] = _pool_one(frames[:, :valid], model.config.pooling)
+            for cut_id, *found in zip(batch["cut_id"], *_fitted(*model.frames(batch)), strict=True):
+                kept.write(by_id[cut_id], *found)
+                pooled[cut_id] = _pool_one(*found, model.config.pooling)
         progress.update(len(batch["cut_id"]) + len(batch["skipped"]))
     progress.close()
     cut_ids = [cut.id for cut in cuts if cut.id in pooled]
@@ -130,8 +129,16 @@ def frozen_features(model: StyleRetriever, cuts: CutSet, level: Level, cache: Pa
     return Features(cut_ids, torch.stack([pooled[i] for i in cut_ids]) if cut_ids else empty, skipped_table(skipped))
 
 
-def _pool_one(frames: Tensor, pooling: str) -> Tensor:
-    return pool(frames[None], None, pooling)[0]
+def _fitted(layers: Tensor, mask: Tensor, active: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """A padded batch to each clip's own frames as fp16, which is how they are kept, and its active frames."""
+    lengths = mask.sum(1).tolist()
+    frames = [one[:, :length] for one, length in zip(layers.half().cpu(), lengths, strict=True)]
+    return frames, [one[:length] for one, length in zip(active.cpu(), lengths, strict=True)]
+
+
+def _pool_one(frames: Tensor, active: Tensor, pooling: str) -> Tensor:
+    """One clip's kept frames to (L, P)."""
+    return pool(frames[None], torch.ones(1, frames.shape[1], dtype=torch.bool), active[None], pooling)[0]
 
 
 def skipped_table(skipped: list[tuple[str, str]]) -> pd.DataFrame:

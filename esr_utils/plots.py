@@ -140,7 +140,7 @@ def project_2d(vectors: NDArray, method: str, seed: int = 0) -> NDArray:
 
 
 def joint_map(points: NDArray, styles: list[str], modality: list[str], title: str) -> Figure:
-    """Two kinds of vectors in one plane, a colour a style; the first kind as dots, the other as crosses (ESR Fig. 4)."""
+    """Two kinds of vectors in one plane, a colour a style: the first as dots, the other as crosses (ESR Fig. 4)."""
     frame = pd.DataFrame({"x": points[:, 0], "y": points[:, 1], "style": styles, "modality": modality})
     present, kinds = [style for style in STYLES if style in set(styles)], list(dict.fromkeys(modality))
     figure, axis = plt.subplots(figsize=(8.4, 6.2), layout="constrained")
@@ -155,7 +155,8 @@ def joint_map(points: NDArray, styles: list[str], modality: list[str], title: st
 
 
 def players(hits: pd.DataFrame, query: str = "") -> HTML:
-    """Search hits as a table with an audio player each (at most 30 s, level normalised; any browser plays the FLAC)."""
+    """Manifest rows, or search hits, as a table with a player each (at most 30 s, level normalised, FLAC)."""
+    columns = [name for name in ("rank", "score", "style", "text", "utterance_id") if name in hits]
     rows = []
     cuts = {cut.custom["utterance_id"]: cut for cut in to_cuts(hits)}
     for hit in hits.to_dict("records"):
@@ -164,10 +165,10 @@ def players(hits: pd.DataFrame, query: str = "") -> HTML:
         sound = io.BytesIO()
         soundfile.write(sound, waveform.numpy(), SAMPLE_RATE, format="FLAC")
         source = "data:audio/flac;base64," + base64.b64encode(sound.getvalue()).decode()
-        cells = [hit["rank"], f"{hit['score']:.2f}", hit["style"], hit["text"], hit["utterance_id"]]
-        cells = "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells)
+        shown = [f"{hit[name]:.2f}" if name == "score" else str(hit[name]) for name in columns]
+        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in shown)
         rows.append(f'<tr>{cells}<td><audio controls preload="none" src="{source}"></audio></td></tr>')
-    head = "".join(f"<th>{name}</th>" for name in ("rank", "score", "label", "words", "utterance", "listen"))
+    head = "".join(f"<th>{name}</th>" for name in (*columns, "listen"))
     title = f"<b>{html.escape(query)}</b>" if query else ""
     return HTML(f"{title}<table><tr>{head}</tr>{''.join(rows)}</table>")
 

@@ -18,41 +18,42 @@ from torch.nn import functional as F
 
 from esr_utils import runs, weights
 from esr_utils.config import ModelConfig
-from esr_utils.speech import SpeechBackbone, load_speech_backbone
+from esr_utils.speech import SpeechBackbone, active_frames, load_speech_backbone
 from esr_utils.text import TextBackbone, load_text_backbone
 
 MAX_LOGIT_SCALE = math.log(100.0)  # as CLIP and CLAP clamp it
 
 
-def pool(layers: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
-    """Frames to one vector per layer, over the valid frames only.
+def pool(layers: Tensor, mask: Tensor, active: Tensor, pooling: str) -> Tensor:
+    """Frames to one vector per layer.
 
     Args:
-        layers: (B, L, T, D), zero where invalid.
-        mask: (B, T), or None where every frame is valid.
-        pooling: `mean` gives P = D; `stats` mean and standard deviation, P = 2 D.
+        layers: (B, L, T, D).
+        mask: (B, T), the valid frames.
+        active: (B, T), those that carry speech (`speech.active_frames`).
+        pooling: `mean` over the valid frames, P = D; `stats`, mean and standard deviation over the active, P = 2 D.
 
     Returns:
         (B, L, P) float32.
     """
-    layers = layers.float()
-    if mask is None:
-        var, mean = torch.var_mean(layers, dim=2, correction=0)
-        return mean if pooling == "mean" else torch.cat([mean, (var + 1e-8).sqrt()], dim=-1)
-    count = mask.sum(1)[:, None, None]
-    mean = layers.sum(2) / count
+    used = (mask if pooling == "mean" else mask & active)[:, None, :, None]
+    layers, count = layers.float(), used.sum(2)
+    mean = (layers * used).sum(2) / count
     if pooling == "mean":
         return mean
-    spread = (layers - mean[:, :, None]).square() * mask[:, None, :, None]
-    return torch.cat([mean, (spread.sum(2) / count + 1e-8).sqrt()], dim=-1)
+    variance = ((layers - mean[:, :, None]).square() * used).sum(2) / count
+    return torch.cat([mean, (variance + 1e-8).sqrt()], dim=-1)
 
 
 class SpeechHead(nn.Module):
     """(B, L, P) pooled layers -> (B, d).
 
     The features are standardised by buffers that start as the identity; with a frozen backbone they are fitted on the
-    training split once (`fit`). The mix is a softmax over layers.
+    training split once (`fit`). The mix is a softmax over layers of logits that are `mix` times a gain: they must get far
+    within a schedule of a thousand steps, at the learning rate of all else.
     """
+
+    GAIN = 30.0
 
     def __init__(self, n_layers: int, width: int, dim: int, mix_layers: bool, dropout: float = 0.0) -> None:
         super().__init__()
@@ -62,6 +63,11 @@ class SpeechHead(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.projection = nn.Linear(width, dim)
 
+    @property
+    def layer_weights(self) -> Tensor:
+        """(L,), summing to 1."""
+        return (self.GAIN * self.mix).softmax(0)
+
     def fit(self, pooled: Tensor) -> None:
         """Sets the standardisation to the statistics of (N, L, P) features."""
         self.mean.copy_(pooled.mean(0))
@@ -69,7 +75,7 @@ class SpeechHead(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         pooled = (pooled - self.mean) / self.std
-        mixed = pooled[:, -1] if self.mix is None else torch.einsum("blp,l->bp", pooled, self.mix.softmax(0))
+        mixed = pooled[:, -1] if self.mix is None else torch.einsum("blp,l->bp", pooled, self.layer_weights)
         return self.projection(self.dropout(mixed))
 
 
@@ -104,8 +110,13 @@ class StyleRetriever(nn.Module):
         """(B, L, P): those that came with the batch (a frozen backbone's, kept), else by running the backbone."""
         if "pooled" in batch:
             return batch["pooled"].to(self.device)
-        layers, mask = self.speech.layers(batch["waveform"].to(self.device), batch["n_samples"].to(self.device))
-        return pool(layers, mask, self.config.pooling)
+        return pool(*self.frames(batch), self.config.pooling)
+
+    def frames(self, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
+        """The speech backbone's frames (B, L, T, D), which are valid (B, T), and which carry speech (B, T)."""
+        waveform, n_samples = batch["waveform"].to(self.device), batch["n_samples"].to(self.device)
+        layers, mask = self.speech.layers(waveform, n_samples)
+        return layers, mask, active_frames(waveform, n_samples, self.speech.hop, mask.shape[1])
 
     def forward(self, batch: dict) -> tuple[Tensor, Tensor]:
         """The pair (e_s, e_t), (B, d) each, not normalised: what the losses take."""
@@ -170,4 +181,5 @@ class StyleRetriever(nn.Module):
         absent = [k for k in missing if not k.startswith(("text.", "speech."))]
         if absent or unexpected or (about["speech_backbone_tuned"] and any(k.startswith("speech.") for k in missing)):
             raise weights.WeightsError(f"{folder} does not fit its settings: lacks {absent}, has {unexpected}")
+        model.speech.requires_grad_(about["speech_backbone_tuned"])  # saved again, it is saved whole again
         return model.eval().to(device)

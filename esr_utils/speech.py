@@ -23,16 +23,18 @@ MIN_SAMPLES = 400  # 25 ms, one analysis window; nothing shorter is taken
 
 
 class SpeechBackbone(nn.Module):
-    """The interface. A subclass sets the three numbers and defines `n_frames` and `layers`.
+    """The interface. A subclass sets the four numbers and defines `n_frames` and `layers`.
 
     Attributes:
         n_layers: L, how many layers' frames it gives.
         dim: D, width of a frame.
+        hop: samples at 16 kHz from one frame to the next.
         max_samples: longest waveform it takes, in samples at 16 kHz.
     """
 
     n_layers: int
     dim: int
+    hop: int
     max_samples: int
 
     def n_frames(self, n_samples: Tensor) -> Tensor:
@@ -65,6 +67,26 @@ class SpeechBackbone(nn.Module):
 def length_mask(lengths: Tensor, size: int) -> Tensor:
     """(B,) lengths -> (B, size) bool, True at positions below the length."""
     return torch.arange(size, device=lengths.device) < lengths[:, None]
+
+
+def active_frames(waveform: Tensor, n_samples: Tensor, hop: int, size: int) -> Tensor:
+    """Which frames carry speech: within 35 dB of the clip's loudest, or within two frames of such a one.
+
+    The silence around an acted sentence says nothing of its style, but moves the mean of its frames.
+
+    Args:
+        waveform: (B, S); what lies past a clip's end is ignored.
+        hop: samples from one frame to the next.
+        size: T, frames of the longest clip.
+
+    Returns:
+        (B, T) bool; every clip has at least one.
+    """
+    power = (waveform.float() * length_mask(n_samples, waveform.shape[1])).square()
+    power = F.pad(power, (0, max(0, size * hop - power.shape[1])))[:, : size * hop]
+    power = power.view(len(power), size, hop).mean(-1)
+    power = F.max_pool1d(power[:, None], kernel_size=5, stride=1, padding=2)[:, 0]
+    return power >= power.amax(dim=1, keepdim=True) * 10**-3.5
 
 
 class LogMel(nn.Module):
@@ -106,7 +128,7 @@ class LogMel(nn.Module):
 class LogMelBackbone(SpeechBackbone):
     """The plain log-mel spectrogram, 100 frames a second, nothing learned: what pretraining must beat."""
 
-    n_layers, dim, max_samples = 1, 80, 60 * SAMPLE_RATE
+    n_layers, dim, hop, max_samples = 1, 80, LogMel.hop, 60 * SAMPLE_RATE
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +156,8 @@ class WhisperBackbone(SpeechBackbone):
         self.log_mel = LogMel(encoder.config.num_mel_bins)
         self.n_layers = encoder.config.encoder_layers + 1
         self.dim = encoder.config.d_model
-        self.max_samples = encoder.config.max_source_positions * 2 * LogMel.hop
+        self.hop = 2 * LogMel.hop
+        self.max_samples = encoder.config.max_source_positions * self.hop
 
     def n_frames(self, n_samples: Tensor) -> Tensor:
         return (self.log_mel.n_frames(n_samples) + 1) // 2  # conv2: kernel 3, stride 2, padding 1

@@ -1,0 +1,111 @@
+"""Every notebook, headless, in small; and what all notebooks have in common."""
+
+import json
+import re
+
+import nbformat
+import pytest
+from papermill import execute_notebook
+from papermill.exceptions import PapermillExecutionError
+
+from esr_utils import runs
+
+NOTEBOOKS = sorted((runs.PROJECT / "notebooks").glob("*.ipynb"))
+NAMES = [path.stem for path in NOTEBOOKS]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("notebooks")
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    """A run folder as 03 writes it, from the notebooks' own folder as working directory."""
+    run = folder / "train"
+    execute("03_train", folder, cwd=runs.PROJECT / "notebooks", run=str(run), max_steps=30, epochs=8)
+    return run
+
+
+def execute(name, folder, cwd=runs.PROJECT, **parameters):
+    """Runs a notebook and returns the text of all its outputs."""
+    path = runs.PROJECT / "notebooks" / f"{name}.ipynb"
+    done = execute_notebook(path, folder / f"{name}.ipynb", parameters, cwd=str(cwd), progress_bar=False)
+    return json.dumps([cell.get("outputs", []) for cell in done.cells])
+
+
+def test_quickstart_trains_evaluates_plots_searches_and_can_be_heard(folder):
+    run = folder / "quick"
+    shown = execute("00_quickstart", folder, run=str(run), max_steps=40)
+    results = runs.read_json(run / "results.json")
+    assert results["demo/n_candidates"] == 401
+    assert 0 <= results["demo/seen/r@1"] <= results["demo/seen/r@10"] <= 1
+    assert (run / "best" / "model.safetensors").is_file()
+    assert {path.name for path in (run / "figures").iterdir()} == {"training.png", "recall.png", "joint_space.png"}
+    assert shown.count("<audio controls") == 3 * 6  # five sentences and one example, three players each
+
+
+def test_data_notebook_shows_every_style_and_corpus(folder):
+    shown = execute("01_data_prep", folder, run=str(folder / "data"))
+    assert (folder / "data" / "table_one.csv").is_file()
+    assert shown.count("<audio controls") == 22
+    assert all(corpus in shown for corpus in ("RAVDESS", "EmoDB", "nEMO"))
+
+
+def test_prompt_notebook_finds_no_clash_and_writes_the_map(folder):
+    shown = execute("02_prompt_generation", folder, run=str(folder / "prompts"))
+    assert "'0 clashes'" in shown
+    assert (folder / "prompts" / "prompt_space.png").stat().st_size > 10_000
+
+
+def test_training_notebook_writes_a_run_that_others_read(trained):
+    config = runs.read_json(trained / "config.json")
+    assert config["corpora"] == ["demo"] and config["training"]["max_steps"] == 30
+    assert [line["stage"] for line in runs.read_metrics(trained)][0] == "classify"
+
+
+def test_evaluation_notebook_writes_results_where_told(trained, folder):
+    shown = execute("04_evaluate", folder, cwd=folder, run=str(trained), split="val", results="my_results.json")
+    results = runs.read_json(folder / "my_results.json")
+    assert results["split"] == "val" and "demo/control/loudness/r@10" in results
+    assert (trained / "trials_demo.json.gz").is_file() and (trained / "figures" / "confusion_demo.png").is_file()
+    assert "seen" in shown and "held_out" in shown
+
+
+def test_map_notebook_draws_both_maps(trained, folder):
+    shown = execute("07_embedding_maps", folder, run=str(trained), split="val")
+    assert "modality gap" in shown
+    assert {"joint_tsne.png", "joint_umap.png"} <= {path.name for path in (trained / "figures").iterdir()}
+
+
+def test_unknown_parameter_stops_the_run_with_the_known_ones(folder):
+    with pytest.raises(PapermillExecutionError, match="unknown parameter 'bckbone'; known are: backbone, speech_backbone"):
+        execute("03_train", folder, bckbone="minilm")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_notebook_is_committed_as_it_should_be(path):
+    cells = nbformat.read(path, as_version=4).cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    assert cells[0].cell_type == "markdown" and "**Question.**" in cells[0].source
+    assert "**Reads**" in cells[0].source and "**Writes**" in cells[0].source
+    assert code[0].metadata.tags == ["parameters"] and cells[1] is code[0]
+    assert "check_parameters" in code[1].source
+    assert not any(cell.outputs or cell.execution_count for cell in code)
+    for line in code[0].source.splitlines():
+        assert re.match(r"\w+: (str|int|float|bool) = .+  # |seed: int = 0$", line), f"untyped or uncommented: {line}"
+    for cell in code:
+        assert not re.search(r"^(class |def |!|%pip|import sys)|sys\.path", cell.source, re.M)
+        assert cell.source.count("\n") < 25
+
+
+def test_parameters_that_scripts_rely_on():
+    declared = {}
+    for path in NOTEBOOKS:
+        source = nbformat.read(path, as_version=4).cells[1].source
+        declared[path.stem] = set(re.findall(r"^(\w+):", source, re.M))
+    assert declared["03_train"] >= {
+        "backbone", "speech_backbone", "corpora", "data_root", "run", "seed", "device", "level", "finetune",
+        "objective", "epochs", "max_steps",
+    }  # fmt: skip
+    assert declared["04_evaluate"] >= {"run", "corpora", "manifest", "data_root", "split", "results"}
