@@ -1,8 +1,8 @@
 """StyleRetriever: a speech encoder and a text encoder into one space, where the cosine says how well a sentence fits.
 
 speech: backbone frames (B, L, T, D) -> pooled over time per layer (B, L, P) -> standardised -> mixed over layers ->
-linear projection (B, d). text: backbone vector -> linear projection (B, d). (ESR section III-A, B; the paper reads
-the last layer and its mean; `ModelConfig.paper()` is just that.)
+hidden layer -> linear projection (B, d). text: backbone vector -> linear projection (B, d). In ESR section III-A, B the
+mean of the last layer is projected at once; `ModelConfig.paper()` is just that.
 """
 
 from __future__ import annotations
@@ -49,19 +49,20 @@ class SpeechHead(nn.Module):
     """(B, L, P) pooled layers -> (B, d).
 
     The features are standardised by buffers that start as the identity; with a frozen backbone they are fitted on the
-    training split once (`fit`). The mix is a softmax over layers of logits that are `mix` times a gain: they must get far
-    within a schedule of a thousand steps, at the learning rate of all else.
+    training split once (`fit`). The mix is a softmax over layers of `mix` times a gain: it must get far within
+    a schedule of a thousand steps, at the learning rate of all else.
     """
 
     GAIN = 30.0
 
-    def __init__(self, n_layers: int, width: int, dim: int, mix_layers: bool, dropout: float = 0.0) -> None:
+    def __init__(self, n_layers: int, width: int, config: ModelConfig) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(n_layers, width))
         self.register_buffer("std", torch.ones(n_layers, width))
-        self.mix = nn.Parameter(torch.zeros(n_layers)) if mix_layers else None
-        self.dropout = nn.Dropout(dropout)
-        self.projection = nn.Linear(width, dim)
+        self.mix = nn.Parameter(torch.zeros(n_layers)) if config.mix_layers else None
+        hidden = [nn.Linear(width, config.hidden), nn.GELU(), nn.Dropout(config.dropout)] if config.hidden else []
+        projection = nn.Linear(config.hidden or width, config.dim)
+        self.projection = nn.Sequential(nn.Dropout(config.dropout), *hidden, projection)
 
     @property
     def layer_weights(self) -> Tensor:
@@ -76,7 +77,7 @@ class SpeechHead(nn.Module):
     def forward(self, pooled: Tensor) -> Tensor:
         pooled = (pooled - self.mean) / self.std
         mixed = pooled[:, -1] if self.mix is None else torch.einsum("blp,l->bp", pooled, self.layer_weights)
-        return self.projection(self.dropout(mixed))
+        return self.projection(mixed)
 
 
 class StyleRetriever(nn.Module):
@@ -87,7 +88,7 @@ class StyleRetriever(nn.Module):
         self.config = config
         self.speech, self.text = speech, text
         width = speech.dim * (2 if config.pooling == "stats" else 1)
-        self.speech_head = SpeechHead(speech.n_layers, width, config.dim, config.mix_layers, config.dropout)
+        self.speech_head = SpeechHead(speech.n_layers, width, config)
         self.text_head = nn.Linear(text.dim, config.dim)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
         self.bias = nn.Parameter(torch.tensor(-10.0))  # only the sigmoid objective reads it
