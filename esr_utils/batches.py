@@ -48,7 +48,8 @@ def load_waveform(cut: Cut, level: Level = "normalised") -> Tensor:
             warnings.simplefilter("ignore")
             audio = cut.resample(SAMPLE_RATE).load_audio()
     except Exception as error:  # decoders raise their own kinds; each means that this clip cannot be read
-        raise BadAudio(f"cannot be decoded: {str(error).splitlines()[0][:200] or type(error).__name__}") from None
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise BadAudio(f"cannot be decoded: {reason[:200]}") from None
     waveform = torch.from_numpy(audio).float().mean(dim=0)
     if len(waveform) < MIN_SECONDS * SAMPLE_RATE:
         raise BadAudio(f"{len(waveform) / SAMPLE_RATE:.3f} s long; the shortest allowed is {MIN_SECONDS} s")
@@ -90,8 +91,8 @@ def style_label(cut: Cut) -> int:
 class _Clips(Dataset):
     """Indexed by a CutSet (lhotse's way): gives the whole batch. With a crop, a random part of each longer cut."""
 
-    def __init__(self, level: Level, crop_s: float | None) -> None:
-        self.level, self.crop_s = level, crop_s
+    def __init__(self, level: Level, crop_s: float | None = None, rng: np.random.Generator | None = None) -> None:
+        self.level, self.crop_s, self.rng = level, crop_s, rng
 
     def __getitem__(self, cuts: CutSet) -> dict:
         waveforms, kept, skipped = [], [], []
@@ -113,7 +114,7 @@ class _Clips(Dataset):
     def _crop(self, cut: Cut) -> Cut:
         if self.crop_s is None or cut.duration <= self.crop_s:
             return cut
-        offset = float(torch.rand(())) * (cut.duration - self.crop_s)
+        offset = self.rng.random() * (cut.duration - self.crop_s)
         return cut.truncate(offset=offset, duration=self.crop_s, preserve_id=True)
 
 
@@ -142,12 +143,12 @@ class WaveformClips:
                 sampler = SimpleCutSampler(self.cuts, **options)
             else:
                 sampler = DynamicBucketingSampler(self.cuts, num_buckets=min(10, buckets), **options)
-        yield from DataLoader(_Clips(self.level, self.crop_s), sampler=sampler, batch_size=None)
+        yield from DataLoader(_Clips(self.level, self.crop_s, rng), sampler=sampler, batch_size=None)
 
 
 def ordered_batches(cuts: CutSet, batch_size: int, level: Level) -> Iterator[dict]:
     """Every cut whole, shortest first, so that little is padded. Batches as those of `WaveformClips`."""
-    clips = _Clips(level, crop_s=None)
+    clips = _Clips(level)
     by_length = sorted(cuts, key=lambda cut: (cut.duration, cut.id))
     for start in range(0, len(by_length), batch_size):
         yield clips[CutSet.from_cuts(by_length[start : start + batch_size])]

@@ -62,7 +62,7 @@ class ModelConfig(_Config):
     text_backbone: str = "minilm"  # short name, hub id or folder
     pooling: Pooling = "stats"  # over time: mean of all frames, or mean and deviation of those that carry speech
     mix_layers: bool = True  # learned weights over all layers; False reads the last layer only, as the paper does
-    dropout: float = 0.3  # share of the pooled features dropped in training, before the projection
+    dropout: float = 0.5  # share of the pooled features dropped in training, before the projection
     hidden: int = 256  # units between pooled speech features and the projection; 0 = projected directly, as the paper
     dim: int = 512  # d, of the joint space
     temperature: float = 0.07  # tau at the start; learned from there

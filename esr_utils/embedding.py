@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from esr_utils import batches, runs, weights
-from esr_utils.config import Level
+from esr_utils.config import SAMPLE_RATE, Level
 from esr_utils.retriever import StyleRetriever, pool
 from esr_utils.speech import SpeechBackbone
 
@@ -45,7 +45,7 @@ class FrameCache:
     def __init__(self, backbone: SpeechBackbone, level: Level, folder: Path = CACHE) -> None:
         kind = f"{type(backbone).__name__}-{weights.fingerprint(backbone)[:12]}-{level}-{_FORMAT}"
         self.folder = folder / kind
-        self.shape = (backbone.n_layers, backbone.dim)
+        self.backbone, self.shape = backbone, (backbone.n_layers, backbone.dim)
         self._digests: dict[tuple, str] = {}
 
     def path(self, cut: Cut) -> Path:
@@ -71,8 +71,13 @@ class FrameCache:
                 frames, active = file.get_tensor("frames"), file.get_tensor("active")
         except (OSError, SafetensorError):
             return None
-        fits = frames.dtype == torch.float16 and frames.dim() == 3 and (frames.shape[0], frames.shape[2]) == self.shape
-        return (frames, active) if fits and active.shape == frames.shape[1:2] else None
+        fits = frames.dtype == torch.float16 and frames.dim() == 3 and frames.shape[::2] == self.shape
+        return (frames, active) if fits and active.shape == frames.shape[1:2] and self._whole(cut, frames) else None
+
+    def _whole(self, cut: Cut, frames: Tensor) -> bool:
+        """As many frames as the cut has; one more or less comes of rounding the length to samples at 16 kHz."""
+        expected = self.backbone.n_frames(torch.tensor(round(cut.duration * SAMPLE_RATE)))
+        return abs(frames.shape[1] - int(expected)) <= 1
 
     def write(self, cut: Cut, frames: Tensor, active: Tensor) -> None:
         """Keeps frames (L, T, D) fp16 and which carry speech (T,) bool, atomically."""

@@ -105,6 +105,10 @@ def evaluate(
     per_style = []
     for corpus, clips in rows.groupby("corpus", sort=False):
         usable = clips[clips["utterance_id"].isin(vectors.index)].sort_values("utterance_id", ignore_index=True)
+        if usable.empty:
+            raise ValueError(
+                f"{corpus}, split {split!r}: none of {len(clips)} clips could be used: {embeddings.skipped}"
+            )
         matrix = np.stack(vectors[usable["utterance_id"]].to_list())
         drawn = trials.build_trials(usable, corpus, split, n_trials=n_trials, seed=seed)
         found.trials[corpus] = drawn
@@ -162,10 +166,10 @@ class Scorer:
         relevant = self.truth[:, None] == np.arange(len(self.styles))
         values["collection/p@10"] = float(metrics.precision_at_k(scores.T, relevant.T, 10).mean())
         values["collection/map"] = metrics.mean_average_precision(scores.T, relevant.T, None)
-        columns = [c for c in _BREAKDOWNS if self.clips[c].nunique() > 1]
+        columns = [c for c in _BREAKDOWNS if self.clips[c].replace("", None).nunique() > 1]
         singles = singles.merge(self.clips[["utterance_id", *columns]], on="utterance_id")
         for column in columns:
-            means = singles.groupby([column, "style"])[names].mean().groupby(level=0).mean()
+            means = singles[singles[column] != ""].groupby([column, "style"])[names].mean().groupby(level=0).mean()
             for value, mean in means.iterrows():
                 values |= {f"{column}={value}/{name}": float(mean[name]) for name in names}
         return values, per_style
@@ -222,7 +226,8 @@ def controls(manifest: pd.DataFrame, corpus: str, split: str = "test", seed: int
     train = train[train["utterance_id"].isin(measured.index)]
     drawn = trials.build_trials(test, corpus, split, n_trials=n_trials, seed=seed)
     scorer = Scorer(test, drawn, seed)
-    found = {f"{corpus}/control/chance/r@{k}": min(1.0, k / drawn.n_candidates) for k in trials.KS}
+    sizes = np.array(list(drawn.candidates_by_style.values()))
+    found = {f"{corpus}/control/chance/r@{k}": float(np.minimum(1, k / sizes).mean()) for k in trials.KS}
     found[f"{corpus}/control/chance/accuracy"] = 1 / len(scorer.styles)
     if set(scorer.styles) - set(train["style"]):
         return found

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from lhotse import CutSet, MonoCut, Recording
+from lhotse import CutSet, Recording
 from numpy.typing import NDArray
 
 from esr_utils.config import Level
@@ -79,12 +79,19 @@ class SearchIndex:
         The example itself is not among the hits when it is of the collection. Returns and raises as `search`;
         QueryError also for an example that cannot be found or read.
         """
-        own = np.flatnonzero(self.clips["utterance_id"] == str(example))
+        _check_k(k)
+        path = Path(example)
+        files = [Path(root) / name for root, name in zip(self.clips["root"], self.clips["path"], strict=True)]
+        same_file = [path.name == file.name and path.resolve() == file.resolve() for file in files]
+        own = np.flatnonzero(
+            (self.clips["utterance_id"] == str(example))
+            | (self.clips["start_s"].isna() & np.array(same_file, dtype=bool))
+        )
         if len(own):
             hits = self._nearest(self.vectors[own[0]], k + 1, min_score)
-            hits = hits[hits["utterance_id"] != str(example)].head(k).reset_index(drop=True)
+            hits = hits[hits["utterance_id"] != self.clips["utterance_id"].iloc[own[0]]].head(k).reset_index(drop=True)
             return hits.assign(rank=np.arange(1, len(hits) + 1))
-        return self._nearest(self._embed_file(Path(example)), k, min_score)
+        return self._nearest(self._embed_file(path), k, min_score)
 
     def _embed_file(self, path: Path) -> NDArray[np.float32]:
         if not path.is_file():
@@ -93,7 +100,7 @@ class SearchIndex:
             recording = Recording.from_file(path)
         except Exception as error:
             raise QueryError(f"{path} is no readable audio file: {error}") from None
-        cut = MonoCut("example", 0.0, recording.duration, channel=0, recording=recording)
+        cut = recording.to_cut()  # of all channels, which are averaged
         cut.custom = {"utterance_id": str(path), "style": ""}
         found = embed(self.model, CutSet.from_cuts([cut]), self.level, cache=None)
         if not len(found.vectors):
@@ -101,8 +108,7 @@ class SearchIndex:
         return found.vectors[0]
 
     def _nearest(self, vector: NDArray[np.float32], k: int, min_score: float) -> pd.DataFrame:
-        if k < 1:
-            raise QueryError(f"k is {k}; it must be at least 1")
+        _check_k(k)
         scores = self.vectors @ vector
         best = np.argsort(-scores, kind="stable")[:k]
         best = best[scores[best] >= min_score]
@@ -110,3 +116,8 @@ class SearchIndex:
         hits.insert(0, "score", scores[best])
         hits.insert(0, "rank", np.arange(1, len(hits) + 1))
         return hits
+
+
+def _check_k(k: int) -> None:
+    if k < 1:
+        raise QueryError(f"k is {k}; it must be at least 1")

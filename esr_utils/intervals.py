@@ -39,12 +39,13 @@ def speaker_bootstrap_weights(speakers: ArrayLike, n_replicates: int, rng: np.ra
 def interval(values: ArrayLike, estimate: float) -> list[float]:
     """95 % interval [low, high] of a fraction from its bootstrap values (R,), centred on the estimate.
 
-    The spread is the bootstrap's; its centre is not. A replicate holds about 63 % of the clips, some of them
-    twice, so the hardest distractors are often missing and its Recall@1 is higher than that of as many
-    different clips: on RAVDESS the plain percentile interval of an R@1 of 0.23 was [0.22, 0.40]. The mean shift
-    is therefore taken out (the bootstrap's estimate of bias, Davison & Hinkley 1997, section 2.2.1). Where
-    there is no bias, as for accuracy, this is the percentile interval. Undefined (NaN) values are left out.
+    The spread is the bootstrap's; its centre is not. A replicate holds about 63 % of the clips, some of them twice,
+    so the hardest distractors are often missing and its Recall@1 is higher than that of as many different clips: on
+    RAVDESS the plain percentile interval of an R@1 of 0.23 was [0.22, 0.40]. The mean shift is therefore taken out
+    (the bootstrap's estimate of bias, Davison & Hinkley 1997, section 2.2.1). Where there is no bias, as for
+    accuracy, this is the percentile interval. It always holds the estimate. Undefined (NaN) values are left out.
     """
     values = np.asarray(values, dtype=float)
     shifted = np.nanpercentile(values, [2.5, 97.5]) - np.nanmean(values) + estimate
-    return [float(bound) for bound in np.clip(shifted, 0.0, 1.0)]
+    low, high = np.clip(shifted, 0.0, 1.0)
+    return [float(min(low, estimate)), float(max(high, estimate))]

@@ -72,7 +72,7 @@ class SpeechHead(nn.Module):
     def fit(self, pooled: Tensor) -> None:
         """Sets the standardisation to the statistics of (N, L, P) features."""
         self.mean.copy_(pooled.mean(0))
-        self.std.copy_(pooled.std(0).clamp(min=1e-4))
+        self.std.copy_(pooled.std(0, correction=0).clamp(min=1e-4))
 
     def forward(self, pooled: Tensor) -> Tensor:
         pooled = (pooled - self.mean) / self.std
@@ -105,7 +105,8 @@ class StyleRetriever(nn.Module):
     @property
     def logit_scale(self) -> Tensor:
         """1 / tau, at most 100."""
-        return self.log_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+        beyond = (self.log_scale - MAX_LOGIT_SCALE).clamp(min=0.0)
+        return (self.log_scale - beyond.detach()).exp()  # at the limit it still has a gradient, to come back by
 
     def pooled(self, batch: dict) -> Tensor:
         """(B, L, P): those that came with the batch (a frozen backbone's, kept), else by running the backbone."""
@@ -165,6 +166,9 @@ class StyleRetriever(nn.Module):
         if not (folder / "config.json").is_file():
             raise weights.WeightsError(f"{folder} holds no retriever: train one with notebook 03_train first")
         about = runs.read_json(folder / "config.json")
+        wanted = {"model", "speech_backbone_tuned", "speech_backbone_sha256", "text_backbone_sha256", "weights_sha256"}
+        if lacking := wanted - set(about if isinstance(about, dict) else ()):
+            raise weights.WeightsError(f"{folder / 'config.json'} is not a retriever's: it lacks {sorted(lacking)}")
         weights.check_sha256(folder / "model.safetensors", about["weights_sha256"])
         model = cls.build(ModelConfig.from_dict(about["model"]))
         for part, module in (("speech", model.speech), ("text", model.text)):
@@ -182,5 +186,5 @@ class StyleRetriever(nn.Module):
         absent = [k for k in missing if not k.startswith(("text.", "speech."))]
         if absent or unexpected or (about["speech_backbone_tuned"] and any(k.startswith("speech.") for k in missing)):
             raise weights.WeightsError(f"{folder} does not fit its settings: lacks {absent}, has {unexpected}")
-        model.speech.requires_grad_(about["speech_backbone_tuned"])  # saved again, it is saved whole again
+        model.speech.set_trainable(about["speech_backbone_tuned"])  # saved again, it is saved whole again
         return model.eval().to(device)

@@ -56,6 +56,10 @@ class SpeechBackbone(nn.Module):
         """
         raise TypeError(f"{type(self).__name__} does not define layers")
 
+    def set_trainable(self, trainable: bool) -> None:
+        """Whether training may change the backbone; what its authors fixed stays fixed."""
+        self.requires_grad_(trainable)
+
     def check_lengths(self, n_samples: Tensor) -> None:
         shortest, longest = int(n_samples.min()), int(n_samples.max())
         if shortest < MIN_SAMPLES:
@@ -82,7 +86,7 @@ def active_frames(waveform: Tensor, n_samples: Tensor, hop: int, size: int) -> T
     Returns:
         (B, T) bool; every clip has at least one.
     """
-    power = (waveform.float() * length_mask(n_samples, waveform.shape[1])).square()
+    power = waveform.float().masked_fill(~length_mask(n_samples, waveform.shape[1]), 0.0).square()
     power = F.pad(power, (0, max(0, size * hop - power.shape[1])))[:, : size * hop]
     power = power.view(len(power), size, hop).mean(-1)
     power = F.max_pool1d(power[:, None], kernel_size=5, stride=1, padding=2)[:, 0]
@@ -112,7 +116,7 @@ class LogMel(nn.Module):
         """(B, S), (B,) -> (B, n_mels, M) zero where invalid, and the mask (B, M)."""
         valid = length_mask(n_samples, waveform.shape[1])
         # Zeros after the end, for the last window to run into: the same ones alone and in a batch.
-        padded = F.pad(waveform.float() * valid, (0, self.window))
+        padded = F.pad(waveform.float().masked_fill(~valid, 0.0), (0, self.window))
         spectrum = torch.stft(
             padded, self.window, self.hop, window=self.hann, return_complex=True, pad_mode="reflect", center=True
         )
@@ -158,6 +162,10 @@ class WhisperBackbone(SpeechBackbone):
         self.dim = encoder.config.d_model
         self.hop = 2 * LogMel.hop
         self.max_samples = encoder.config.max_source_positions * self.hop
+
+    def set_trainable(self, trainable: bool) -> None:
+        super().set_trainable(trainable)
+        self.encoder.embed_positions.requires_grad_(False)  # sinusoids; trained, a crop's would no longer fit the rest
 
     def n_frames(self, n_samples: Tensor) -> Tensor:
         return (self.log_mel.n_frames(n_samples) + 1) // 2  # conv2: kernel 3, stride 2, padding 1
@@ -230,11 +238,15 @@ def load_speech_backbone(name: str) -> SpeechBackbone:
         return LogMelBackbone().eval()
     folder = weights.find(name)
     if (folder / "model.bin").is_file():
-        backbone = _whisper_from_ctranslate2(weights.read_ctranslate2(folder / "model.bin"))
+        file = folder / "model.bin"
+        try:
+            backbone = _whisper_from_ctranslate2(weights.read_ctranslate2(file))
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise weights.WeightsError(f"{file} is no whole Whisper model: {error}") from None
     else:
         kind = weights.model_type(folder)
         if kind != "whisper":
             raise weights.WeightsError(f"{folder} holds a {kind!r} model; speech backbones here are: whisper, logmel")
-        with weights.quiet_transformers():
-            backbone = WhisperBackbone(WhisperModel.from_pretrained(folder, use_safetensors=True).encoder)
-    return backbone.eval().requires_grad_(False)
+        backbone = WhisperBackbone(weights.load_pretrained(WhisperModel, folder).encoder)
+    backbone.set_trainable(False)
+    return backbone.eval()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer
 
 from esr_utils import weights
 
@@ -33,6 +33,9 @@ class TextBackbone(nn.Module):
         self.tokenizer = tokenizer
         self.pooling = pooling
         self.dim = model.config.hidden_size
+        # RoBERTa's table of positions has two rows that no token uses; a tokenizer that states no limit has a huge one
+        positions = getattr(model.config, "max_position_embeddings", 514) - 2
+        self.max_tokens = min(tokenizer.model_max_length, positions)
         self._known: dict[str, Tensor] = {}
 
     def train(self, mode: bool = True) -> TextBackbone:
@@ -46,7 +49,8 @@ class TextBackbone(nn.Module):
     @torch.no_grad()
     def tokens(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Token vectors (B, T, D) and their mask (B, T), True where valid. Texts past the model's limit are cut."""
-        encoded = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(self.device)
+        options = {"padding": True, "truncation": True, "max_length": self.max_tokens, "return_tensors": "pt"}
+        encoded = self.tokenizer(texts, **options).to(self.device)
         return self.model(**encoded).last_hidden_state, encoded["attention_mask"].bool()
 
     def embed(self, texts: list[str]) -> Tensor:
@@ -86,7 +90,9 @@ def load_text_backbone(name: str) -> TextBackbone:
     folder = weights.find(name)
     model_type = weights.model_type(folder)
     options = {"add_pooling_layer": False} if model_type in _CLS else {}
-    config = AutoConfig.from_pretrained(folder)
-    with weights.quiet_transformers():
-        model = AutoModel.from_pretrained(folder, config=config, use_safetensors=True, dtype=torch.float32, **options)
+    model = weights.load_pretrained(AutoModel, folder, dtype=torch.float32, **options)
+    if not list(folder.glob("tokenizer.json")) + list(folder.glob("vocab*")) + list(folder.glob("*.model")):
+        raise weights.WeightsError(
+            f"{folder} holds no tokenizer: tokenizer.json, a vocabulary or a sentencepiece model"
+        )
     return TextBackbone(model, AutoTokenizer.from_pretrained(folder), _pooling_of(folder, model_type))

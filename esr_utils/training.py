@@ -169,12 +169,10 @@ class _Trainer:
         self.bank = PromptBank.load()
         runs.seed_everything(config.seed)
         retriever = StyleRetriever.build(model_config).to(self.accelerator.device)
-        retriever.speech.requires_grad_(config.finetune == "full")
+        retriever.speech.set_trainable(config.finetune == "full")
         self.caption = dict(zip(manifest["utterance_id"], manifest["caption"], strict=True))
         self.skipped: list[tuple[str, str]] = []
         self.clips = {split: self._clips(retriever, manifest, split, cache) for split in ("train", "val")}
-        if not len(self.clips["train"]):
-            raise ValueError(f"no usable training clip: {len(self.skipped)} were refused, see {folder / 'skipped.csv'}")
         objective = Objective(retriever, config)
         discriminator = list(objective.discriminator.parameters())
         theirs = {id(parameter) for parameter in discriminator}
@@ -193,7 +191,8 @@ class _Trainer:
         return self.accelerator.unwrap_model(self.objective)
 
     def _clips(self, retriever, manifest, split: str, cache: Path) -> embedding.FrozenClips | batches.WaveformClips:
-        cuts = to_cuts(manifest[manifest["split"] == split])
+        described = (manifest["style"] != "") | (manifest["caption"] != "")  # else there is no sentence to pair it with
+        cuts = to_cuts(manifest[(manifest["split"] == split) & described])
         if self.config.finetune == "full":
             return batches.WaveformClips(cuts, self.config.batch_size, self.config.crop_s, self.config.level)
         cuts = batches.pieces(cuts, self.config.crop_s, self.config.crop_s)
@@ -243,13 +242,15 @@ class _Trainer:
             self._note_skipped(batch["skipped"])
             if len(batch["style"]):
                 train.add(self._step(batch, stage, rng), len(batch["style"]))
+        if not progress.step:
+            raise ValueError(f"no usable training clip: {len(self.skipped)} refused, see {self.folder / 'skipped.csv'}")
         validation = self.validate(stage)
         progress.epoch += 1
         line = {"epoch": progress.epoch, "step": progress.step, "stage": stage}
         line |= {f"train_{name}": value for name, value in train.means().items()}
         line |= {f"val_{name}": value for name, value in validation.items()}
         line |= {"tau": 1 / float(self.bare.retriever.logit_scale.detach()), "seconds": time.perf_counter() - started}
-        self._judge(validation.get("contrastive"), stage)
+        self._judge(validation.get("contrastive"))
         self._write(line)
         return line
 
@@ -287,7 +288,7 @@ class _Trainer:
                 mean.add({name: float(term) for name, term in terms.items()}, len(batch["style"]))
         return mean.means()
 
-    def _judge(self, loss: float | None, stage: str) -> None:
+    def _judge(self, loss: float | None) -> None:
         """Keeps the best checkpoint, and says when the run is over."""
         config, progress = self.config, self.progress
         out_of_steps = bool(config.max_steps) and progress.step >= config.max_steps
@@ -297,7 +298,7 @@ class _Trainer:
         if better or nothing_yet:
             progress.best_loss, progress.best_epoch, progress.since_best = loss, progress.epoch, 0
             self.bare.retriever.save(self.folder / "best")
-        elif stage != "classify":
+        elif loss is not None:
             progress.since_best += 1
         progress.finished = last or (config.patience > 0 and progress.since_best >= config.patience)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 
@@ -122,6 +123,22 @@ def quiet_transformers():
         logging.set_verbosity(level)
         if bar:
             logging.enable_progress_bar()
+
+
+def load_pretrained(kind: type, folder: Path, **options) -> nn.Module:
+    """`kind.from_pretrained` from safetensors only, quietly, and with nothing drawn at random.
+
+    Raises:
+        WeightsError: the folder holds no whole model.
+    """
+    try:
+        with quiet_transformers():
+            model, found = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        raise WeightsError(f"{folder} holds no whole model: {error}") from error
+    if found["missing_keys"]:
+        raise WeightsError(f"{folder} lacks weights: {', '.join(sorted(found['missing_keys'])[:5])}")
+    return model
 
 
 def model_type(folder: Path) -> str:

@@ -9,6 +9,7 @@ os.environ["TQDM_DISABLE"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import copy
 import shutil
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from transformers import BertConfig, BertModel, BertTokenizer, WhisperConfig, Wh
 from esr_utils import weights
 from esr_utils.config import ModelConfig
 from esr_utils.corpora import DEMO_FOLDER
-from esr_utils.manifests import load_corpora
+from esr_utils.manifests import load_corpora, with_root
 from esr_utils.retriever import StyleRetriever
 from esr_utils.speech import SpeechBackbone, load_speech_backbone
 from esr_utils.styles import PromptBank
@@ -61,15 +62,15 @@ def manifest(data_root: Path) -> pd.DataFrame:
 
 
 @pytest.fixture
-def own_corpus(data_root: Path, tmp_path: Path) -> pd.DataFrame:
+def own_corpus(data_root: Path, manifest: pd.DataFrame, tmp_path: Path) -> pd.DataFrame:
     """The rows of a copy of "mini" that belongs to one test."""
     shutil.copytree(data_root / "mini", tmp_path / "mini")
-    return load_corpora("mini", tmp_path)
+    return with_root(manifest, tmp_path / "mini")
 
 
 @pytest.fixture(scope="session")
 def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a random BERT of width 16 that knows the words of the prompt bank. Its dropout is high."""
+    """A folder with a random BERT of width 16 that knows the prompt bank's words. Its dropout is high."""
     folder = tmp_path_factory.mktemp("models") / "tiny-bert"
     bank = PromptBank.load()
     prompts = " ".join(prompt for style in bank.labels for prompt in bank.all_prompts(style)).lower()
@@ -79,8 +80,9 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> str:
     vocab = {word: i for i, word in enumerate(dict.fromkeys(vocab))}
     torch.manual_seed(1)
     config = BertConfig(
-        vocab_size=len(vocab), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5, initializer_range=0.5,
+        vocab_size=len(vocab), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5,
+        initializer_range=0.5,
     )  # fmt: skip
     with weights.quiet_transformers():
         BertModel(config).save_pretrained(folder)
@@ -95,8 +97,8 @@ def tiny_whisper(tmp_path_factory: pytest.TempPathFactory) -> str:
     torch.manual_seed(2)
     config = WhisperConfig(
         vocab_size=8, d_model=16, encoder_layers=2, decoder_layers=1, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_target_positions=4, init_std=0.3,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_target_positions=4,
+        init_std=0.3,         pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
     )  # fmt: skip
     with weights.quiet_transformers():
         WhisperModel(config).save_pretrained(folder)
@@ -112,16 +114,22 @@ def tiny_config(tiny_text: str, tiny_whisper: str) -> ModelConfig:
         pooling="stats",
         mix_layers=True,
         dropout=0.0,
+        hidden=12,
         dim=8,
         temperature=0.07,
     )
 
 
-@pytest.fixture
-def tiny_model(tiny_config: ModelConfig) -> StyleRetriever:
-    """An untrained retriever of its own for each test, always with the same weights."""
+@pytest.fixture(scope="session")
+def _tiny_model(tiny_config: ModelConfig) -> StyleRetriever:
     torch.manual_seed(3)
     return StyleRetriever.build(tiny_config).eval()
+
+
+@pytest.fixture
+def tiny_model(_tiny_model: StyleRetriever) -> StyleRetriever:
+    """An untrained retriever of its own for each test, always with the same weights."""
+    return copy.deepcopy(_tiny_model)
 
 
 @pytest.fixture(scope="session")

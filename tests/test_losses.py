@@ -1,4 +1,4 @@
-"""Losses: numbers worked out by hand, gradients by finite differences, and the gradient reversal's sign and weight."""
+"""Losses: numbers worked out by hand, gradients by finite differences, the reversal's sign and weight."""
 
 import math
 
@@ -58,8 +58,10 @@ def test_multi_positive_is_info_nce_where_no_two_share_a_style(style):
 
 def test_hard_negative_2x2():
     # gamma = 1, so alpha_ij = 2 e_ij / (row sum); the positive itself is not weighted.
-    # rows:    alpha = 2*1/3 = 2/3: -ln 2/(2 + 2/3*1) = ln 4/3;   alpha = 2*3/4 = 3/2: -ln 1/(1 + 3/2*3) = ln 11/2
-    # columns: alpha = 2*3/5 = 6/5: -ln 2/(2 + 6/5*3) = ln 14/5;  alpha = 2*1/2 = 1:   -ln 1/(1 + 1*1) = ln 2
+    # row 1:    alpha = 2*1/3 = 2/3: -ln 2/(2 + 2/3*1) = ln 4/3
+    # row 2:    alpha = 2*3/4 = 3/2: -ln 1/(1 + 3/2*3) = ln 11/2
+    # column 1: alpha = 2*3/5 = 6/5: -ln 2/(2 + 6/5*3) = ln 14/5
+    # column 2: alpha = 2*1/2 = 1:   -ln 1/(1 + 1*1) = ln 2
     expected = (ln(4 / 3) + ln(11 / 2) + ln(14 / 5) + ln(2)) / 4
     assert float(hard_negative(logits([[2, 1], [3, 1]]), gamma=1.0)) == pytest.approx(expected, abs=1e-6)
 
@@ -140,7 +142,7 @@ def test_reversal_is_the_identity_forward_and_minus_weight_backward():
 
 
 class Adversaries:
-    """Two encoders and a discriminator in float64, and L_disc of ESR Eq. (3) written out without any reversal."""
+    """Two encoders and a discriminator in float64, and L_disc of ESR Eq. (3) without any reversal."""
 
     def __init__(self):
         torch.manual_seed(0)
@@ -175,7 +177,7 @@ def test_the_adversarial_terms_value_is_the_discriminators_loss():
 
 @pytest.mark.parametrize("weight", [0.1, 1.1])
 def test_discriminator_learns_at_weight_1_and_encoders_at_minus_lambda(weight):
-    """Passed back twice through the reversal, the encoders would receive 1 + lambda: -1.1 where -0.1 is meant."""
+    """Passed back twice through the reversal, the encoders would receive -1.1 where -0.1 is meant."""
     game = Adversaries()
     game.reversed(weight).backward()
     sides = [(game.discriminator, 1.0), (game.speech_encoder, -weight), (game.text_encoder, -weight)]

@@ -79,7 +79,9 @@ def test_map_notebook_draws_both_maps(trained, folder):
 
 
 def test_unknown_parameter_stops_the_run_with_the_known_ones(folder):
-    with pytest.raises(PapermillExecutionError, match="unknown parameter 'bckbone'; known are: backbone, speech_backbone"):
+    with pytest.raises(
+        PapermillExecutionError, match="unknown parameter 'bckbone'; known are: backbone, speech_backbone"
+    ):
         execute("03_train", folder, bckbone="minilm")
 
 

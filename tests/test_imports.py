@@ -1,0 +1,144 @@
+"""The architecture, read from the source: imports go one way, few modules know a library, none prints."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import esr_utils
+
+ROOT = Path(esr_utils.__file__).parent
+
+LAYERS = {
+    "leaves": (
+        "config", "runs", "weights", "styles", "metrics", "intervals", "losses", "audio_files",
+        "manifest_schema", "tables",
+    ),
+    "data": ("manifests", "corpora", "batches", "acoustics", "trials"),
+    "models": ("speech", "text", "retriever", "embedding"),
+    "top": ("training", "evaluation", "index", "plots"),
+}  # fmt: skip
+LAYER = {module: i for i, modules in enumerate(LAYERS.values()) for module in modules}
+
+FILES = sorted(ROOT.rglob("*.py"))
+TREES = {file.relative_to(ROOT).with_suffix("").as_posix(): ast.parse(file.read_text("utf-8")) for file in FILES}
+
+
+def top_level(tree: ast.Module) -> list[ast.stmt]:
+    """Statements run at import: not those within functions, but those within classes and conditions."""
+    found, waiting = [], list(tree.body)
+    while waiting:
+        node = waiting.pop()
+        found.append(node)
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            waiting += ast.iter_child_nodes(node)
+    return found
+
+
+def imported(nodes) -> set[str]:
+    """Full dotted names of what is imported: `from a import b` gives a.b."""
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def own_modules(name: str) -> set[str]:
+    """Modules of the package that a module imports, functions included; corpora.demo counts as corpora."""
+    full = [n.split(".") for n in imported(ast.walk(TREES[name]))]
+    return {parts[1] for parts in full if parts[0] == "esr_utils" and len(parts) > 1}
+
+
+def module_of(name: str) -> str:
+    return name.split("/")[0]
+
+
+MODULES = sorted(name for name in TREES if name != "__init__")
+
+
+def test_every_module_has_its_place():
+    assert {module_of(name) for name in MODULES} == set(LAYER)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_go_one_way(name):
+    here = LAYER[module_of(name)]
+    above = {other for other in own_modules(name) if LAYER[other] > here}
+    assert not above, f"{name} imports {', '.join(sorted(above))}, which stand above it"
+
+
+def test_the_reader_of_the_source_sees_imports():
+    """Else the tests here would pass on anything."""
+    assert {"config", "styles", "losses"} <= own_modules("batches")
+    assert {"speech", "text", "weights"} <= own_modules("retriever")
+    assert "transformers.AutoModel" in imported(ast.walk(TREES["text"]))
+
+
+def test_training_and_evaluation_never_import_each_other():
+    assert "evaluation" not in own_modules("training") and "training" not in own_modules("evaluation")
+
+
+def test_there_is_no_circle():
+    graph = {name: own_modules(name) - {module_of(name)} for name in MODULES if "/" not in name}
+    graph["corpora"] = own_modules("corpora/__init__") - {"corpora"}
+    done: set[str] = set()
+    while ready := {name for name, needs in graph.items() if name not in done and needs <= done}:
+        done |= ready
+    assert done == set(graph), f"a circle among {sorted(set(graph) - done)}"
+
+
+@pytest.mark.parametrize(
+    ("libraries", "allowed"),
+    [
+        ({"transformers", "tokenizers", "funasr"}, {"speech", "text", "weights"}),
+        ({"matplotlib", "seaborn"}, {"plots"}),
+        ({"accelerate"}, {"training"}),
+    ],
+)
+def test_few_modules_know_a_library(libraries, allowed):
+    found = {n for n in MODULES if libraries & {i.split(".")[0] for i in imported(ast.walk(TREES[n]))}}
+    assert found <= allowed and found
+
+
+@pytest.mark.parametrize("name", [*MODULES, "__init__"])
+def test_nothing_prints(name):
+    for node in ast.walk(TREES[name]):
+        called = node.func if isinstance(node, ast.Call) else None
+        assert not (isinstance(called, ast.Name) and called.id == "print"), f"{name}, line {node.lineno}"
+
+
+NETWORK = {"requests", "urllib", "http", "httpx", "aiohttp", "socket", "ftplib", "huggingface_hub"}
+FETCHES = {
+    "from_pretrained",
+    "snapshot_download",
+    "hf_hub_download",
+    "urlopen",
+    "urlretrieve",
+    "load_dataset",
+    "get",
+}
+
+
+@pytest.mark.parametrize("name", [*MODULES, "__init__"])
+def test_nothing_is_fetched_at_import(name):
+    nodes = top_level(TREES[name])
+    assert not NETWORK & {full.split(".")[0] for full in imported(nodes)}
+    for node in nodes:
+        if isinstance(node, ast.Call):
+            called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            assert called not in FETCHES, f"{name}, line {node.lineno}: {called}"
+
+
+@pytest.mark.parametrize("name", [*MODULES, "__init__"])
+def test_no_pickle_is_read_or_written(name):
+    """`torch.load` and `torch.save` are pickles too."""
+    assert not {"pickle", "joblib", "dill"} & {i.split(".")[0] for i in imported(ast.walk(TREES[name]))}
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
+            assert node.attr not in ("save", "load"), f"{name}, line {node.lineno}"

@@ -1,0 +1,686 @@
+"""Training: exact resume, one seed, the three stages, the best checkpoint, what may and may not change."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from esr_utils import losses, retriever, runs, training, weights
+from esr_utils.config import ModelConfig, TrainConfig
+from esr_utils.retriever import StyleRetriever
+from esr_utils.styles import STYLES
+from esr_utils.training import Objective, RunExists, fit
+
+CONFIG = TrainConfig(
+    epochs=5,
+    classify_epochs=1,
+    align_epochs=2,
+    max_steps=0,
+    batch_size=5,
+    crop_s=1.5,
+    learning_rate=1e-2,
+    discriminator_learning_rate=4e-3,
+    betas=(0.9, 0.999),
+    weight_decay=0.01,
+    contrastive_weight=1.0,
+    adversarial_weight=0.1,
+    classification_weight=0.5,
+    hidden=8,
+    objective="infonce",
+    finetune="frozen",
+    level="normalised",
+    patience=0,
+    seed=0,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def read_once():
+    """Backbones are read from disk once and copied from there on: that is most of the time of a small run."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("load_speech_backbone", "load_text_backbone"):
+            load = functools.cache(getattr(retriever, name))
+            patch.setattr(retriever, name, lambda folder, load=load: copy.deepcopy(load(folder)))
+        yield
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """Kept frames, shared by the runs here as the runs of a user share theirs."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def model_config(tiny_config) -> ModelConfig:
+    """With dropout, so that a resumed run must also draw the same masks."""
+    return tiny_config.but(dropout=0.3)
+
+
+@pytest.fixture
+def train(manifest, model_config, cache, tmp_path):
+    """Runs `fit` on "mini" in the folder of that name, with some settings changed."""
+
+    def run(name: str, rows: pd.DataFrame = manifest, model: ModelConfig = model_config, **changes):
+        return fit(rows, tmp_path / name, model, CONFIG.but(**changes), device="cpu", cache=cache)
+
+    run.folder = tmp_path
+    return run
+
+
+def lines(folder: Path) -> list[dict]:
+    """metrics.jsonl without the one value that is a time."""
+    found = runs.read_metrics(folder)
+    for line in found:
+        assert line.pop("seconds") > 0
+    return found
+
+
+def best(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "best" / "model.safetensors")
+
+
+def assert_equal(state: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert set(state) == set(other)
+    different = [name for name in state if not torch.equal(state[name], other[name])]
+    assert not different
+
+
+# What a run leaves ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(manifest, model_config, cache, tmp_path_factory) -> Path:
+    """A whole frozen run, to be looked at."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    fit(manifest, folder, model_config, CONFIG, device="cpu", cache=cache)
+    return folder
+
+
+def test_the_folder_of_a_run(run, model_config):
+    there = {path.name for path in run.iterdir()}
+    assert {"config.json", "metrics.jsonl", "best", "resume.json"} <= there
+    assert len(list(run.glob("resume-*.safetensors"))) == 1
+    assert not list(run.rglob("*.pkl")) + list(run.rglob("*.pt")) + list(run.rglob("*.bin"))
+    settings = runs.read_json(run / "config.json")
+    assert ModelConfig.from_dict(settings["model"]) == model_config
+    assert TrainConfig.from_dict(settings["training"]) == CONFIG
+    assert settings["corpora"] == ["mini"] and settings["clips"] == {"train": 12, "val": 3, "test": 18}
+    assert settings["versions"]["torch"]
+
+
+def test_a_line_an_epoch_with_the_terms_of_its_stage(run):
+    found = lines(run)
+    assert [line["epoch"] for line in found] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in found] == [3, 6, 9, 12, 15]  # 12 clips in batches of 5
+    assert [line["stage"] for line in found] == ["classify", "align", "align", "adversarial", "adversarial"]
+    terms = {
+        "classify": {"classification"},
+        "align": {"classification", "contrastive"},
+        "adversarial": {"classification", "contrastive", "adversarial"},
+    }
+    for line in found:
+        for side in ("train", "val"):
+            assert {k.removeprefix(f"{side}_") for k in line if k.startswith(side)} == terms[line["stage"]]
+    assert all(np.isfinite(value) for line in found for value in line.values() if isinstance(value, float))
+
+
+def test_it_learns(run):
+    """Random features of three styles: enough to tell the clips of the training split apart."""
+    found = lines(run)
+    assert found[-1]["train_classification"] < 0.9 * found[0]["train_classification"]
+    assert found[0]["train_classification"] == pytest.approx(np.log(len(STYLES)), rel=0.25)  # chance at first
+
+
+def test_the_temperature_is_learned_once_the_contrastive_loss_is_on(run):
+    taus = [line["tau"] for line in lines(run)]
+    assert taus[0] == pytest.approx(0.07, rel=1e-5)
+    assert len(set(taus)) == 5 and all(0.01 <= tau < 1 for tau in taus)
+
+
+def test_tensorboard_has_a_log(run):
+    assert list(run.rglob("events.out.tfevents*"))
+
+
+def plan_validation(patch: pytest.MonkeyPatch, planned: list[float | None]) -> None:
+    """Validation losses of the coming epochs; None where the contrastive loss is not on."""
+    coming = iter(planned)
+
+    def validate(self, stage):
+        loss = next(coming)
+        return {} if loss is None else {"contrastive": loss}
+
+    patch.setattr(training._Trainer, "validate", validate)
+
+
+def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(train, monkeypatch):
+    states, judge = [], training._Trainer._judge
+
+    def noted(self, *args):
+        states.append({k: v.clone() for k, v in self.bare.retriever.state_dict().items()})
+        judge(self, *args)
+
+    plan_validation(monkeypatch, [None, 3.0, 1.0, 2.0, 1.0])
+    monkeypatch.setattr(training._Trainer, "_judge", noted)
+    model = train("run")
+    assert_equal(model.state_dict(), states[2])
+    assert not any(torch.equal(states[2]["text_head.weight"], states[i]["text_head.weight"]) for i in (1, 3, 4))
+    resume = runs.read_json(train.folder / "run" / "resume.json")
+    assert (resume["best_epoch"], resume["best_loss"]) == (3, 1.0)
+
+
+def test_the_validation_loss_is_that_of_the_whole_split(train, run, manifest):
+    """One clip of the split less, and it is another."""
+    fewer = manifest.drop(manifest.index[manifest["split"] == "val"][-1]).reset_index(drop=True)
+    train("fewer", fewer)
+    for line, other in zip(lines(train.folder / "fewer"), lines(run), strict=True):
+        assert line["train_classification"] == other["train_classification"]
+        assert line["val_classification"] != other["val_classification"]
+
+
+def test_without_a_validation_split_it_is_the_last_epoch(train, manifest):
+    model = train("run", manifest[manifest["split"] != "val"].reset_index(drop=True))
+    state = load_file(next((train.folder / "run").glob("resume-5.safetensors")))
+    assert torch.equal(model.text_head.weight, state["model.retriever.text_head.weight"])
+    assert not [key for line in lines(train.folder / "run") for key in line if key.startswith("val_")]
+
+
+def test_patience_without_a_validation_split_does_not_stop_the_run(train, manifest):
+    train("run", manifest[manifest["split"] != "val"].reset_index(drop=True), patience=1)
+    assert len(lines(train.folder / "run")) == 5
+
+
+# Stages -----------------------------------------------------------------------------------------------------
+
+
+def changed(train, name: str, **changes) -> dict[str, bool]:
+    """Which part of the model a run of one stage has changed, compared with its start."""
+    starts = {}
+
+    def noted(self):
+        starts.update({k: v.clone() for k, v in self.bare.state_dict().items()})
+        return resume(self)
+
+    resume = training._Trainer._resume
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training._Trainer, "_resume", noted)
+        train(name, **changes)
+    (file,) = (train.folder / name).glob("resume-*.safetensors")
+    ends = {k.removeprefix("model."): v for k, v in load_file(file).items() if k.startswith("model.")}
+    found: dict[str, bool] = {}
+    for key, value in ends.items():
+        parts = key.split(".")
+        part = parts[1] if parts[0] == "retriever" else parts[0]
+        found[part] = found.get(part, False) or not torch.equal(value, starts[key])
+    return found
+
+
+def test_stage_1_is_the_classifier_alone(train):
+    found = changed(train, "classify", epochs=2, classify_epochs=2)
+    assert found == {
+        "speech_head": True,
+        "classifier": True,
+        "text_head": False,
+        "discriminator": False,
+        "log_scale": False,
+        "bias": False,
+    }
+
+
+def test_stage_2_adds_the_contrastive_loss(train):
+    found = changed(train, "align", epochs=2, classify_epochs=0, align_epochs=2)
+    assert found["text_head"] and found["log_scale"] and found["speech_head"] and found["classifier"]
+    assert not found["discriminator"] and not found["bias"]
+
+
+def test_stage_3_adds_the_discriminator(train):
+    found = changed(train, "adversarial", epochs=2, classify_epochs=0, align_epochs=0)
+    assert found["discriminator"] and found["text_head"] and found["classifier"]
+
+
+def test_the_sigmoid_objective_learns_its_bias(train):
+    assert changed(train, "sigmoid", epochs=2, classify_epochs=0, objective="sigmoid")["bias"]
+
+
+@pytest.mark.parametrize("objective", ["multi-positive", "hard-negative", "sigmoid"])
+def test_the_other_objectives_train_too(train, objective):
+    train("run", epochs=2, classify_epochs=0, objective=objective)
+    found = lines(train.folder / "run")
+    assert np.isfinite(found[-1]["val_contrastive"])
+    assert runs.read_json(train.folder / "run" / "config.json")["training"]["objective"] == objective
+
+
+def objective_and_batch(model: StyleRetriever) -> tuple[Objective, dict]:
+    torch.manual_seed(0)
+    objective = Objective(model, CONFIG.but(contrastive_weight=3.0, classification_weight=0.25))
+    batch = {
+        "pooled": torch.randn(4, 3, 32),
+        "prompt": ["an angry voice", "a calm voice", "whispered", "speech"],
+        "style": torch.tensor([0, 3, 21, -1]),
+    }
+    return objective.eval(), batch
+
+
+def test_the_total_weighs_each_term(tiny_model):
+    objective, batch = objective_and_batch(tiny_model)
+    terms = objective(batch, "adversarial")
+    assert set(terms) == {"classification", "contrastive", "adversarial"}
+    expected = 0.25 * terms["classification"] + 3 * terms["contrastive"] + terms["adversarial"]
+    torch.testing.assert_close(objective.total(terms), expected)
+    speech, text = tiny_model(batch)
+    logits = F.normalize(speech, dim=1) @ F.normalize(text, dim=1).T / 0.07
+    torch.testing.assert_close(terms["contrastive"], losses.info_nce(logits), atol=1e-4, rtol=1e-4)
+
+
+def test_in_the_total_the_encoders_receive_minus_a_tenth_of_the_discriminators_gradient(tiny_model):
+    """Passed back twice through the reversal it would be -1.1 times."""
+    objective, batch = objective_and_batch(tiny_model)
+    speech, text = tiny_model(batch)
+    plain = -F.logsigmoid(objective.discriminator(speech)).mean()
+    plain = plain - F.logsigmoid(-objective.discriminator(text)).mean()
+    heads = [
+        tiny_model.speech_head.projection[-1].weight,
+        tiny_model.speech_head.mix,
+        tiny_model.text_head.weight,
+    ]
+    theirs = list(objective.discriminator.parameters())
+    expected = torch.autograd.grad(plain, heads + theirs)
+    terms = objective(batch, "adversarial")
+    found = torch.autograd.grad(objective.total({"adversarial": terms["adversarial"]}), heads + theirs)
+    for gradient, reference in zip(found[:3], expected[:3], strict=True):
+        torch.testing.assert_close(gradient, -0.1 * reference)
+        assert float(reference.abs().max()) > 1e-4
+    for gradient, reference in zip(found[3:], expected[3:], strict=True):
+        torch.testing.assert_close(gradient, reference)
+
+
+def test_the_discriminator_has_a_learning_rate_of_its_own(train, monkeypatch):
+    groups = []
+    step = training._Trainer._step
+
+    def noted(self, *args):
+        groups.append([(len(g["params"]), g["lr"]) for g in self.optimizer.param_groups])
+        return step(self, *args)
+
+    monkeypatch.setattr(training._Trainer, "_step", noted)
+    train("run", epochs=1)
+    (ours, rate), (theirs, other_rate) = groups[0]
+    assert (rate, other_rate) == (1e-2, 4e-3) and theirs == 4 and ours == 13
+    # ours: the classifier's 4; mix and 4 of the speech head; 2 of the text head; scale and bias
+
+
+# Resume -----------------------------------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_before_epoch(patch, epoch: int) -> None:
+    run_epoch = training._Trainer._epoch
+
+    def stopping(self):
+        if self.progress.epoch == epoch:
+            raise Stopped
+        return run_epoch(self)
+
+    patch.setattr(training._Trainer, "_epoch", stopping)
+
+
+def stop_in_epoch(patch, epoch: int) -> None:
+    """After a step of it: its weights are changed, its line is not written."""
+    step = training._Trainer._step
+
+    def stopping(self, *args):
+        values = step(self, *args)
+        if self.progress.epoch == epoch:
+            raise Stopped
+        return values
+
+    patch.setattr(training._Trainer, "_step", stopping)
+
+
+def stop_at_the_end_of_epoch(patch, epoch: int) -> None:
+    """Its line and its best checkpoint are written, its state is not."""
+    save = training.save_file
+
+    def stopping(tensors, path):
+        if f"resume-{epoch + 1}" in Path(path).name:
+            Path(path).write_bytes(b"half a file")
+            raise Stopped
+        save(tensors, path)
+
+    patch.setattr(training, "save_file", stopping)
+
+
+def stop_before_epochs_state_counts(patch, epoch: int) -> None:
+    """Its state is written, resume.json still names the one before."""
+    write = runs.write_json
+
+    def stopping(path, value):
+        if Path(path).name == "resume.json" and value["epoch"] == epoch + 1:
+            raise Stopped
+        write(path, value)
+
+    patch.setattr(runs, "write_json", stopping)
+
+
+STOPS = [stop_before_epoch, stop_in_epoch, stop_at_the_end_of_epoch, stop_before_epochs_state_counts]
+
+
+@pytest.mark.parametrize("finetune", ["frozen", "full"])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(train, run, finetune):
+    """Stopped in every stage and at every place of an epoch: the same losses and weights, to the last bit."""
+    whole = run
+    if finetune == "full":
+        train("whole", finetune="full")
+        whole = train.folder / "whole"
+    stops = list(zip([*STOPS, stop_in_epoch], (1, 2, 3, 4, 0), strict=True))
+    for stop, epoch in stops if finetune == "frozen" else stops[1:3]:
+        name = f"{stop.__name__}-{epoch}"
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+            stop(patch, epoch)
+            train(name, finetune=finetune)
+        assert not epoch or len(lines(train.folder / name)) == epoch + (stop in STOPS[2:])
+        train(name, finetune=finetune)
+        assert lines(train.folder / name) == lines(whole), name
+        assert_equal(best(train.folder / name), best(whole))
+        names = {path.name for path in (train.folder / name).glob("resume*")}
+        assert names == {"resume.json", "resume-5.safetensors"}
+        assert_equal(*(load_file(folder / "resume-5.safetensors") for folder in (train.folder / name, whole)))
+
+
+def test_a_run_stopped_again_and_again(train, run):
+    for epoch in (1, 2, 4):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+            stop_before_epoch(patch, epoch)
+            train("torn")
+    train("torn")
+    assert lines(train.folder / "torn") == lines(run)
+    assert_equal(best(train.folder / "torn"), best(run))
+
+
+KILLED = """
+import json, os, signal, sys
+os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_OFFLINE"] = "1"
+from esr_utils import training
+from esr_utils.config import ModelConfig, TrainConfig
+from esr_utils.manifests import load_corpora
+
+root, folder, cache, model, config, threads = json.loads(sys.argv[1])
+training.torch.set_num_threads(threads)
+step = training._Trainer._step
+
+def killed(self, *args):
+    values = step(self, *args)
+    if self.progress.step == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return values
+
+training._Trainer._step = killed
+model, config = ModelConfig.from_dict(model), TrainConfig.from_dict(config)
+training.fit(load_corpora("mini", root), folder, model, config, device="cpu", cache=training.Path(cache))
+"""
+
+
+def test_a_killed_process(train, run, data_root, model_config, cache, tmp_path):
+    """SIGKILL in the midst of the third epoch; another process finishes the run."""
+    settings = [
+        str(data_root), str(tmp_path / "killed"), str(cache), model_config.to_dict(), CONFIG.to_dict(),
+        torch.get_num_threads(),
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(runs.PROJECT)}
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, json.dumps(settings)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(lines(tmp_path / "killed")) == 2
+    train("killed")
+    assert lines(tmp_path / "killed") == lines(run)
+    assert_equal(best(tmp_path / "killed"), best(run))
+
+
+def test_a_finished_run_is_not_run_again(train):
+    first = train("run")
+    before = (train.folder / "run" / "metrics.jsonl").read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in_epoch(patch, 0)
+        again = train("run")
+    assert (train.folder / "run" / "metrics.jsonl").read_bytes() == before
+    assert_equal(first.state_dict(), again.state_dict())
+
+
+# One seed ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("finetune", ["frozen", "full"])
+def test_the_same_seed_gives_the_same_run_and_another_another(train, finetune):
+    options = {"finetune": finetune, "epochs": 3, "classify_epochs": 1, "align_epochs": 1}
+    train("first", **options)
+    torch.manual_seed(123), np.random.seed(5)  # what went on before must not matter
+    train("second", **options)
+    train("other", **options, seed=1)
+    first, second, other = (lines(train.folder / name) for name in ("first", "second", "other"))
+    assert first == second
+    assert_equal(best(train.folder / "first"), best(train.folder / "second"))
+    assert all(a["train_classification"] != b["train_classification"] for a, b in zip(first, other, strict=True))
+
+
+def test_validation_is_the_same_each_time_it_is_asked_for(train, monkeypatch):
+    run_epoch, asked = training._Trainer._epoch, []
+
+    def noted(self):
+        line = run_epoch(self)
+        torch.rand(7)
+        asked.append((self.validate(line["stage"]), {k: v for k, v in line.items() if k.startswith("val_")}))
+        return line
+
+    monkeypatch.setattr(training._Trainer, "_epoch", noted)
+    train("run")
+    for again, line in asked:
+        assert {f"val_{name}": value for name, value in again.items()} == line
+
+
+# Another run in the same place ------------------------------------------------------------------------------
+
+
+def test_other_settings_are_refused_by_name(train, model_config):
+    train("run", epochs=1)
+    before = (train.folder / "run" / "config.json").read_bytes()
+    with pytest.raises(RunExists, match=r"training\.learning_rate: 0\.01 there, 0\.02 now"):
+        train("run", epochs=1, learning_rate=0.02)
+    with pytest.raises(RunExists, match=r"training\.epochs: 1 there, 2 now"):
+        train("run", epochs=2)
+    with pytest.raises(RunExists, match=r"model\.dim: 8 there, 6 now"):
+        train("run", epochs=1, model=model_config.but(dim=6))
+    assert (train.folder / "run" / "config.json").read_bytes() == before
+    train("run", epochs=1)
+
+
+def test_another_manifest_is_refused(train, manifest):
+    train("run", epochs=1)
+    relabelled = manifest.assign(style=manifest["style"].replace("calm", "bored"))
+    with pytest.raises(RunExists, match="manifest"):
+        train("run", relabelled, epochs=1)
+
+
+# When it ends -----------------------------------------------------------------------------------------------
+
+
+def test_max_steps_ends_a_run_within_an_epoch(train):
+    train("run", max_steps=7)
+    found = lines(train.folder / "run")
+    assert [line["step"] for line in found] == [3, 6, 7]
+    assert runs.read_json(train.folder / "run" / "resume.json")["finished"]
+
+
+def test_max_steps_before_the_contrastive_loss_is_on_still_leaves_a_model(train):
+    model = train("run", max_steps=2)
+    assert len(lines(train.folder / "run")) == 1
+    assert model.encode_text(["a calm voice"]).shape == (1, 8)
+
+
+def test_patience_ends_a_run_that_no_longer_gets_better(train, monkeypatch):
+    """With a patience of 2 it is over after the sixth epoch; a better one in between starts the count anew."""
+    plan_validation(monkeypatch, [None, 3.0, 3.5, 2.0, 2.5, 2.0, 1.0])
+    train("run", epochs=7, patience=2)
+    assert len(lines(train.folder / "run")) == 6
+    resume = runs.read_json(train.folder / "run" / "resume.json")
+    assert (resume["best_epoch"], resume["best_loss"], resume["finished"]) == (4, 2.0, True)
+
+
+def test_patience_does_not_count_the_stage_without_the_loss(train):
+    train("run", classify_epochs=4, patience=1)
+    assert len(lines(train.folder / "run")) == 5
+
+
+# What is trained --------------------------------------------------------------------------------------------
+
+
+def test_a_frozen_speech_backbone_is_not_changed_and_not_saved(train, model_config):
+    model = train("run")
+    untouched = StyleRetriever.build(model_config).speech
+    assert weights.fingerprint(model.speech) == weights.fingerprint(untouched)
+    assert not any(name.startswith(("speech.", "text.")) for name in best(train.folder / "run"))
+
+
+def test_full_fine_tuning_changes_the_speech_backbone_and_not_the_text_backbone(train, model_config):
+    model = train("run", finetune="full", epochs=3)
+    untouched = StyleRetriever.build(model_config)
+    assert weights.fingerprint(model.text) == weights.fingerprint(untouched.text)
+    start, end = untouched.speech.state_dict(), model.speech.state_dict()
+    moved = {name for name in start if not torch.equal(start[name], end[name])}
+    assert {
+        "encoder.conv1.weight",
+        "encoder.layers.0.self_attn.q_proj.weight",
+        "encoder.layer_norm.bias",
+    } <= moved
+
+
+def test_full_fine_tuning_leaves_whispers_fixed_positions_alone(train, model_config):
+    """They are sinusoids; trained, those within a crop would no longer fit those after it."""
+    model = train("run", finetune="full", epochs=1)
+    start = StyleRetriever.build(model_config).speech.encoder.embed_positions.weight
+    assert torch.equal(model.speech.encoder.embed_positions.weight, start)
+
+
+def test_no_step_sees_more_of_a_clip_than_the_crop(train, monkeypatch):
+    longest = []
+    step = training._Trainer._step
+
+    def noted(self, batch, *args):
+        longest.append(int(batch["n_samples"].max()))
+        return step(self, batch, *args)
+
+    monkeypatch.setattr(training._Trainer, "_step", noted)
+    train("run", finetune="full", epochs=1, crop_s=1.5)
+    assert max(longest) == 24_000
+
+
+def test_the_standardisation_is_that_of_the_training_split(train, manifest, model_config):
+    """Other validation and test clips change nothing of it."""
+    first = train("first", epochs=1, classify_epochs=1)
+    fewer = manifest[(manifest["split"] == "train") | (manifest["style"] == "calm")].reset_index(drop=True)
+    second = train("second", fewer, epochs=1, classify_epochs=1)
+    assert torch.equal(first.speech_head.mean, second.speech_head.mean)
+    assert float(first.speech_head.mean.abs().max()) > 0.1
+
+
+# Clips that cannot be used, and clips without a style -------------------------------------------------------
+
+
+def spoil(manifest: pd.DataFrame, index: int) -> str:
+    """Replaces a clip's audio by silence of the same length; gives its id."""
+    row = manifest.loc[index]
+    file = Path(row["root"]) / row["path"]
+    info = soundfile.info(file)
+    soundfile.write(file, np.zeros(info.frames), info.samplerate, format="OGG", subtype="OPUS")
+    return row["utterance_id"]
+
+
+@pytest.mark.parametrize("finetune", ["frozen", "full"])
+def test_a_clip_that_cannot_be_used_is_listed_and_the_rest_goes_on(train, own_corpus, finetune):
+    ids = [spoil(own_corpus, own_corpus.index[own_corpus["split"] == split][0]) for split in ("train", "val")]
+    train("run", own_corpus, finetune=finetune, epochs=2)
+    listed = pd.read_csv(train.folder / "run" / "skipped.csv")
+    assert sorted(listed["utterance_id"]) == sorted(ids) and listed["reason"].str.contains("silent").all()
+    found = lines(train.folder / "run")
+    assert len(found) == 2 and found[-1]["step"] == 6  # 11 clips in batches of 5
+
+
+@pytest.mark.parametrize(
+    "finetune",
+    [
+        "frozen",
+        "full",
+    ],
+)
+def test_without_any_usable_training_clip_there_is_no_run(train, own_corpus, finetune):
+    for index in own_corpus.index[own_corpus["split"] == "train"]:
+        spoil(own_corpus, index)
+    with pytest.raises(ValueError, match="no usable training clip.*12 refused"):
+        train("run", own_corpus, finetune=finetune, epochs=1)
+
+
+@pytest.fixture
+def prompts_used(monkeypatch) -> dict[str, set[str]]:
+    """Utterance -> the prompts it was trained or validated with."""
+    used: dict[str, set[str]] = {}
+    draw = training._Trainer._prompts
+
+    def noted(self, batch, rng):
+        found = draw(self, batch, rng)
+        for utterance, prompt in zip(batch["utterance_id"], found, strict=True):
+            used.setdefault(utterance, set()).add(prompt)
+        return found
+
+    monkeypatch.setattr(training._Trainer, "_prompts", noted)
+    return used
+
+
+def test_a_clip_is_described_by_prompts_of_its_style_and_without_one_by_its_caption(train, manifest, prompts_used):
+    bank = training.PromptBank.load()
+    unlabelled = manifest.index[manifest["split"] == "train"][[0, 5]]
+    rows = manifest.copy()
+    rows.loc[unlabelled, "style"] = ""
+    rows.loc[unlabelled, "caption"] = ["A voice like gravel.", "She trails off, wondering."]
+    train("run", rows)
+    captions = dict(zip(rows.loc[unlabelled, "utterance_id"], rows.loc[unlabelled, "caption"], strict=True))
+    assert set(prompts_used) == set(rows.loc[rows["split"] != "test", "utterance_id"])
+    style = dict(zip(rows["utterance_id"], rows["style"], strict=True))
+    for utterance, used in prompts_used.items():
+        if utterance in captions:
+            assert used == {captions[utterance]}
+        else:
+            assert used <= set(bank.all_prompts(style[utterance], "seen"))
+    assert max(len(used) for used in prompts_used.values()) > 2  # they vary from epoch to epoch
+
+
+def test_a_clip_with_neither_style_nor_caption_is_not_trained_on(train, manifest, prompts_used):
+    rows = manifest.copy()
+    rows.loc[rows.index[rows["split"] == "train"][0], "style"] = ""
+    train("run", rows, epochs=2)
+    assert not any("" in used for used in prompts_used.values())
+
+
+def test_captions_alone_are_enough_to_train(train, manifest):
+    """(audio, text) pairs without any style: the contrastive loss carries it."""
+    rows = manifest.assign(style="", caption=manifest["text"] + " " + manifest["speaker"])
+    model = train("run", rows, classify_epochs=0)
+    found = lines(train.folder / "run")
+    assert {line["train_classification"] for line in found} == {0.0}
+    assert found[-1]["train_contrastive"] != found[0]["train_contrastive"]
+    assert model.encode_text(["anything"]).shape == (1, 8)
