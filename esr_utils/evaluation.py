@@ -1,7 +1,7 @@
 """A model and a manifest to numbers: retrieval trials, retrieval over the whole collection, zero-shot classification.
 
-Every number is a fraction and comes with a 95 % bootstrap interval over speakers, then their utterances (see
-`intervals`), never over the trials. Keys of the flat results:
+Every number is a fraction. Trials, classification and controls come with a 95 % bootstrap interval over speakers, then
+their utterances (see `intervals`), never over the trials. Keys of the flat results:
 
     <corpus>/<prompts>/r@1, r@5, r@10, r@20, map@10       trials, mean over styles; `<prompts>` is seen or held_out
     <corpus>/<prompts>/collection/p@10, map               every clip of the split ranked, many are right

@@ -33,6 +33,8 @@ DEFAULT_RUN = "train"  # what 03_train writes and the notebooks after it read, u
 def run_folder(run: str | Path) -> Path:
     """A bare name is a folder under `runs/`; anything with a slash is a path as it stands. Not created here."""
     path = Path(run).expanduser()
+    if str(run) in ("", ".", ".."):
+        raise ValueError(f"run is {str(run)!r}; it must be the name or path of a folder of its own")
     return path.resolve() if path.is_absolute() or len(path.parts) > 1 else RUNS / path
 
 

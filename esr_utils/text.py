@@ -33,8 +33,9 @@ class TextBackbone(nn.Module):
         self.tokenizer = tokenizer
         self.pooling = pooling
         self.dim = model.config.hidden_size
-        # RoBERTa's table of positions has two rows that no token uses; a tokenizer that states no limit has a huge one
-        positions = getattr(model.config, "max_position_embeddings", 514) - 2
+        # A tokenizer that states no limit has a huge one; RoBERTa's table of positions has two rows that no token uses.
+        unused = 2 if "roberta" in model.config.model_type else 0
+        positions = getattr(model.config, "max_position_embeddings", 512) - unused
         self.max_tokens = min(tokenizer.model_max_length, positions)
         self._known: dict[str, Tensor] = {}
 

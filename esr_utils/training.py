@@ -7,6 +7,7 @@ that a run that was stopped, or killed, goes on with the same losses to the last
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from esr_utils import batches, embedding, losses, runs
-from esr_utils.config import ModelConfig, TrainConfig
+from esr_utils.config import SAMPLE_RATE, ConfigError, ModelConfig, TrainConfig
 from esr_utils.manifests import load_corpora, to_cuts
 from esr_utils.retriever import StyleRetriever
 from esr_utils.styles import STYLES, PromptBank
@@ -119,7 +120,7 @@ def load_run(run: str | Path = runs.DEFAULT_RUN, device: str = "auto") -> tuple[
         weights.WeightsError: no such run, or its files are damaged.
     """
     folder = runs.run_folder(run)
-    if str(run) == runs.DEFAULT_RUN and not (folder / "config.json").is_file():
+    if str(run) == runs.DEFAULT_RUN and not (folder / "best" / "config.json").is_file():
         fit(load_corpora("demo"), run, device=device)
     model = StyleRetriever.load(folder / "best", runs.pick_device(device))
     return model, runs.read_json(folder / "config.json")
@@ -128,14 +129,14 @@ def load_run(run: str | Path = runs.DEFAULT_RUN, device: str = "auto") -> tuple[
 def _claim(folder: Path, manifest: pd.DataFrame, model_config: ModelConfig, config: TrainConfig) -> None:
     """Writes config.json, or checks that the one there says the same."""
     split = manifest["split"].value_counts()
-    ids = "\n".join(manifest["utterance_id"] + manifest["split"] + manifest["style"] + manifest["caption"])
+    decisive = ["utterance_id", "path", "start_s", "end_s", "channel", "split", "style", "caption"]
     settings = {
         "model": model_config.to_dict(),
         "training": config.to_dict(),
         "corpora": sorted(manifest["corpus"].unique()),
         "roots": sorted(manifest["root"].unique()),
         "clips": {name: int(split.get(name, 0)) for name in ("train", "val", "test")},
-        "manifest_sha256": runs.text_sha256(ids),
+        "manifest_sha256": runs.text_sha256(manifest[decisive].to_csv(index=False)),
     }
     path = folder / "config.json"
     if not path.is_file():
@@ -183,6 +184,9 @@ class _Trainer:
             betas=config.betas, weight_decay=config.weight_decay, fused=True,
         )  # fmt: skip
         self._embed_prompts(retriever, manifest)
+        if config.crop_s * SAMPLE_RATE > retriever.speech.max_samples:
+            longest = retriever.speech.max_samples / SAMPLE_RATE
+            raise ConfigError(f"crop_s is {config.crop_s:g}; {model_config.speech_backbone} takes at most {longest:g} s")
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         self.progress = _Progress()
 
@@ -191,8 +195,10 @@ class _Trainer:
         return self.accelerator.unwrap_model(self.objective)
 
     def _clips(self, retriever, manifest, split: str, cache: Path) -> embedding.FrozenClips | batches.WaveformClips:
-        described = (manifest["style"] != "") | (manifest["caption"] != "")  # else there is no sentence to pair it with
-        cuts = to_cuts(manifest[(manifest["split"] == split) & described])
+        rows = manifest[manifest["split"] == split]
+        described = (rows["style"] != "") | (rows["caption"] != "")  # else there is no sentence to pair it with
+        self._note_skipped([(name, "neither style nor caption") for name in rows.loc[~described, "utterance_id"]])
+        cuts = to_cuts(rows[described])
         if self.config.finetune == "full":
             return batches.WaveformClips(cuts, self.config.batch_size, self.config.crop_s, self.config.level)
         cuts = batches.pieces(cuts, self.config.crop_s, self.config.crop_s)
@@ -293,6 +299,8 @@ class _Trainer:
         config, progress = self.config, self.progress
         out_of_steps = bool(config.max_steps) and progress.step >= config.max_steps
         last = progress.epoch >= config.epochs or out_of_steps
+        if loss is not None and not math.isfinite(loss):
+            raise FloatingPointError(f"validation loss is {loss} in epoch {progress.epoch}: lower the learning rate")
         better = loss is not None and (progress.best_loss is None or loss < progress.best_loss)
         nothing_yet = last and progress.best_loss is None  # no val split, or stopped before the loss was on
         if better or nothing_yet:
