@@ -186,7 +186,9 @@ class _Trainer:
         self._embed_prompts(retriever, manifest)
         if config.crop_s * SAMPLE_RATE > retriever.speech.max_samples:
             longest = retriever.speech.max_samples / SAMPLE_RATE
-            raise ConfigError(f"crop_s is {config.crop_s:g}; {model_config.speech_backbone} takes at most {longest:g} s")
+            raise ConfigError(
+                f"crop_s is {config.crop_s:g}; {model_config.speech_backbone} takes at most {longest:g} s"
+            )
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         self.progress = _Progress()
 

@@ -373,3 +373,12 @@ def test_an_epoch_of_frozen_clips_takes_one_window_of_each(tiny_model, cuts, cac
     assert len(orders) > 4 and len(drawn) > 8
     again = [batch["utterance_id"] for batch in clips.epoch(np.random.default_rng(3))]
     assert again == [batch["utterance_id"] for batch in clips.epoch(np.random.default_rng(3))]
+
+
+def test_features_made_in_two_goes_are_those_made_in_one(tiny_model, manifest, cache):
+    """To the last bit: a run killed while frames are made would else not go on exactly."""
+    cuts = to_cuts(manifest)
+    whole = frozen_features(tiny_model, cuts, LEVEL, cache)
+    for file in files(cache)[::3]:
+        file.unlink()
+    assert torch.equal(frozen_features(tiny_model, cuts, LEVEL, cache).pooled, whole.pooled)
