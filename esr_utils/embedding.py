@@ -121,7 +121,7 @@ def frozen_features(model: StyleRetriever, cuts: CutSet, level: Level, cache: Pa
         progress.update()
     skipped = []
     by_id = {cut.id: cut for cut in missing}
-    # On the CPU one by one, at 1.5 times the cost: what is kept then does not depend on what was missing, to the last bit.
+    # On the CPU one by one, at 1.5 times the cost: what is kept is then the same to the last bit, whatever was missing.
     size = 1 if model.device.type == "cpu" else _BATCH
     for batch in batches.ordered_batches(missing, size, level):
         skipped += batch["skipped"]
