@@ -36,7 +36,7 @@ def notebook(injected: str | None) -> dict:
     [None, "", 'backbone = "bert"', "epochs = 5\nresume = False", "learning_rate = 1", "learning_rate = 0.1"],
 )
 def test_declared_parameters_of_the_right_type_pass(injected):
-    check_parameters(notebook(injected))
+    assert check_parameters(notebook(injected)) is None  # it does not raise
 
 
 def test_an_unknown_parameter_is_refused_with_the_list_of_known_ones():
@@ -68,7 +68,7 @@ def test_only_papermills_cell_is_looked_at():
     namespace = notebook("epochs = 2")
     namespace["In"].append("rows = 3")
     namespace["rows"] = 3
-    check_parameters(namespace)
+    assert check_parameters(namespace) is None  # it does not raise
 
 
 def test_the_last_of_papermills_cells_counts():
