@@ -88,67 +88,95 @@ def style_label(cut: Cut) -> int:
     return STYLES.index(style) if style else NO_STYLE
 
 
-class _Clips(Dataset):
-    """Indexed by a CutSet (lhotse's way): gives the whole batch. With a crop, a random part of each longer cut."""
+def about(cuts: list[Cut]) -> dict:
+    """The part of a batch that needs no audio: `style` (B,) int64, `utterance_id` and `cut_id`."""
+    return {
+        "style": torch.tensor([style_label(cut) for cut in cuts], dtype=torch.int64),
+        "utterance_id": [utterance_id(cut) for cut in cuts],
+        "cut_id": [cut.id for cut in cuts],
+    }
 
-    def __init__(self, level: Level, crop_s: float | None = None, rng: np.random.Generator | None = None) -> None:
-        self.level, self.crop_s, self.rng = level, crop_s, rng
 
-    def __getitem__(self, cuts: CutSet) -> dict:
-        waveforms, kept, skipped = [], [], []
-        for cut in cuts:
-            try:
-                waveforms.append(load_waveform(self._crop(cut), self.level))
-                kept.append(cut)
-            except BadAudio as reason:
-                skipped.append((utterance_id(cut), str(reason)))
-        return {
-            "waveform": pad_sequence(waveforms, batch_first=True) if waveforms else torch.zeros(0, 0),
-            "n_samples": torch.tensor([len(waveform) for waveform in waveforms], dtype=torch.int64),
-            "style": torch.tensor([style_label(cut) for cut in kept], dtype=torch.int64),
-            "utterance_id": [utterance_id(cut) for cut in kept],
-            "cut_id": [cut.id for cut in kept],
-            "skipped": skipped,
-        }
+def batched(cuts: list[Cut], size: int) -> list[list[Cut]]:
+    """Consecutive batches of `size`; the last may be smaller."""
+    return [cuts[start : start + size] for start in range(0, len(cuts), size)]
 
-    def _crop(self, cut: Cut) -> Cut:
-        if self.crop_s is None or cut.duration <= self.crop_s:
-            return cut
-        offset = self.rng.random() * (cut.duration - self.crop_s)
-        return cut.truncate(offset=offset, duration=self.crop_s, preserve_id=True)
+
+def load_batch(cuts: list[Cut], level: Level) -> dict:
+    """`waveform` (B, S) float32 at 16 kHz, `n_samples` (B,), `style` (B,), `utterance_id`, `cut_id`, and `skipped`:
+    a list of (utterance_id, reason) of the cuts that cannot be used and are not in the rest."""
+    waveforms, kept, skipped = [], [], []
+    for cut in cuts:
+        try:
+            waveforms.append(load_waveform(cut, level))
+            kept.append(cut)
+        except BadAudio as reason:
+            skipped.append((utterance_id(cut), str(reason)))
+    return {
+        "waveform": pad_sequence(waveforms, batch_first=True) if waveforms else torch.zeros(0, 0),
+        "n_samples": torch.tensor([len(waveform) for waveform in waveforms], dtype=torch.int64),
+        **about(kept),
+        "skipped": skipped,
+    }
+
+
+class _Planned(Dataset):
+    """The batches of a plan by number, for a DataLoader and its workers."""
+
+    def __init__(self, plan: list[list[Cut]], level: Level) -> None:
+        self.plan, self.level = plan, level
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, number: int) -> dict:
+        return load_batch(self.plan[number], self.level)
 
 
 class WaveformClips:
-    """Clips decoded as they are needed, for a backbone that is trained."""
+    """Clips decoded as they are needed, for a backbone that is trained.
 
-    def __init__(self, cuts: CutSet, batch_size: int, crop_s: float, level: Level) -> None:
-        self.cuts, self.batch_size, self.crop_s, self.level = cuts, batch_size, crop_s, level
+    What an epoch consists of is drawn first (`plan`) and decoded later (`load`), so that it does not depend on how many
+    workers or processes share the decoding, nor on which clips turn out to be damaged.
+
+    Attributes:
+        workers: processes that decode ahead; 0 decodes in this one.
+    """
+
+    def __init__(self, cuts: CutSet, batch_size: int, crop_s: float, level: Level, workers: int = 0) -> None:
+        self.cuts, self.batch_size, self.crop_s, self.level, self.workers = cuts, batch_size, crop_s, level, workers
 
     def __len__(self) -> int:
         return len(self.cuts)
 
-    def epoch(self, rng: np.random.Generator) -> Iterator[dict]:
-        """Every clip once, cropped at random to `crop_s`, in shuffled batches of clips of like duration.
-
-        Yields batches, still without prompts: `waveform` (B, S) float32 at 16 kHz, `n_samples` (B,),
-        `style` (B,), `utterance_id`, and `skipped`, a list of (utterance_id, reason).
-        """
+    def plan(self, rng: np.random.Generator) -> list[list[Cut]]:
+        """Every clip once, cropped at random to `crop_s`, in shuffled batches of clips of like duration."""
         if not len(self.cuts):
-            return
+            return []
         seed, buckets = int(rng.integers(2**31)), len(self.cuts) // (4 * self.batch_size)
-        options = {"max_cuts": self.batch_size, "shuffle": True, "seed": seed}
+        # Left alone, lhotse's samplers deal the cuts out among the processes of a distributed run.
+        options = {"max_cuts": self.batch_size, "shuffle": True, "seed": seed, "world_size": 1, "rank": 0}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # lhotse advises lazy manifests, which cannot be shuffled exactly
             if buckets < 2:  # too few clips to sort by length
                 sampler = SimpleCutSampler(self.cuts, **options)
             else:
                 sampler = DynamicBucketingSampler(self.cuts, num_buckets=min(10, buckets), **options)
-        yield from DataLoader(_Clips(self.level, self.crop_s, rng), sampler=sampler, batch_size=None)
+            return [[self._crop(cut, rng) for cut in cuts] for cuts in sampler]
+
+    def _crop(self, cut: Cut, rng: np.random.Generator) -> Cut:
+        if cut.duration <= self.crop_s:
+            return cut
+        offset = rng.random() * (cut.duration - self.crop_s)
+        return cut.truncate(offset=offset, duration=self.crop_s, preserve_id=True)
+
+    def load(self, plan: list[list[Cut]]) -> Iterator[dict]:
+        """The batches of a plan, in its order; see `load_batch`."""
+        yield from DataLoader(_Planned(plan, self.level), batch_size=None, shuffle=False, num_workers=self.workers)
 
 
 def ordered_batches(cuts: CutSet, batch_size: int, level: Level) -> Iterator[dict]:
-    """Every cut whole, shortest first, so that little is padded. Batches as those of `WaveformClips`."""
-    clips = _Clips(level)
+    """Every cut whole, shortest first, so that little is padded. Batches as those of `load_batch`."""
     by_length = sorted(cuts, key=lambda cut: (cut.duration, cut.id))
-    for start in range(0, len(by_length), batch_size):
-        yield clips[CutSet.from_cuts(by_length[start : start + batch_size])]
+    for part in batched(by_length, batch_size):
+        yield load_batch(part, level)

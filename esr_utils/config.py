@@ -13,7 +13,8 @@ SAMPLE_RATE = 16_000  # Hz, of every waveform that reaches a backbone
 
 Level = Literal["normalised", "recorded"]
 Finetune = Literal["frozen", "full"]
-Objective = Literal["infonce", "multi-positive", "hard-negative", "sigmoid"]
+Objective = Literal["infonce", "multi-positive", "hard-negative", "sigmoid", "classifier"]
+Precision = Literal["auto", "fp32", "bf16"]
 Pooling = Literal["mean", "stats"]
 
 
@@ -65,18 +66,24 @@ class ModelConfig(_Config):
     dropout: float = 0.5  # share of the pooled features dropped in training, before the projection
     hidden: int = 256  # units between pooled speech features and the projection; 0 = projected directly, as the paper
     dim: int = 512  # d, of the joint space
+    classifier_hidden: int = 128  # d_C, hidden units of the style classifier
     temperature: float = 0.07  # tau at the start; learned from there
 
     def __post_init__(self) -> None:
         self._check_choices(pooling=Pooling)
-        self._check_positive("dim", "temperature")
+        self._check_positive("dim", "classifier_hidden", "temperature")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout!r}; it must be at least 0 and below 1")
 
     @classmethod
     def paper(cls) -> Self:
         return cls(
-            speech_backbone="emotion2vec", text_backbone="roberta", pooling="mean", mix_layers=False, dropout=0.0
+            speech_backbone="emotion2vec",
+            text_backbone="roberta",
+            pooling="mean",
+            mix_layers=False,
+            dropout=0.0,
+            hidden=0,
         )
 
 
@@ -97,20 +104,40 @@ class TrainConfig(_Config):
     contrastive_weight: float = 1.0  # lambda_contrast
     adversarial_weight: float = 0.1  # lambda_adv: the encoders receive -lambda_adv of the discriminator's gradient
     classification_weight: float = 0.5  # lambda_cls
-    hidden: int = 128  # d_D = d_C, hidden units of discriminator and classifier
-    objective: Objective = "infonce"
+    discriminator_hidden: int = 128  # d_D, hidden units of the modality discriminator
+    objective: Objective = "infonce"  # classifier: no text at all, the paper's baseline
+    fixed_temperature: bool = False  # True: tau stays where it starts, as in the published code
+    augment_prompts: bool = True  # False: one template with the bare label (ESR section V-C)
+    held_out_styles: tuple[str, ...] = ()  # styles that training and validation never see
     finetune: Finetune = "frozen"  # of the speech backbone; the text backbone is always frozen, as in the paper
+    layer_decay: float = 1.0  # learning rate of a backbone layer, relative to the layer above it
+    chunk_size: int = 0  # clips in the speech encoder at a time: less memory, same gradients; 0 = the whole batch
+    recompute: bool = False  # run backbone layers again in the backward pass instead of keeping what they computed
+    precision: Precision = "auto"  # of matrix products; auto: bf16 on a GPU that has it, else fp32
     level: Level = "normalised"  # loudness gives the style away in acted corpora, so it is taken out by default
+    prompt_bank: str = ""  # path of another bank than data_manifests/prompts.json
     patience: int = 0  # stop after so many epochs without a better validation loss; 0 = never
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self._check_choices(objective=Objective, finetune=Finetune, level=Level)
-        self._check_positive("epochs", "batch_size", "crop_s", "learning_rate", "discriminator_learning_rate", "hidden")
+        self._check_choices(objective=Objective, finetune=Finetune, level=Level, precision=Precision)
+        self._check_positive("epochs", "batch_size", "crop_s", "learning_rate", "discriminator_learning_rate")
+        self._check_positive("discriminator_hidden", "layer_decay")
+        if self.chunk_size < 0:
+            raise ConfigError(f"chunk_size is {self.chunk_size!r}; it must be 0 (the whole batch) or above")
+        if self.objective == "classifier" and not self.classification_weight > 0:
+            raise ConfigError("objective is 'classifier' with a classification_weight of 0: nothing would be trained")
 
     @classmethod
     def paper(cls) -> Self:
-        return cls(epochs=110, learning_rate=5e-5, discriminator_learning_rate=2e-5, finetune="full", level="recorded")
+        return cls(
+            epochs=110,
+            learning_rate=5e-5,
+            discriminator_learning_rate=2e-5,
+            finetune="full",
+            precision="bf16",
+            level="recorded",
+        )
 
     @classmethod
     def demo(cls) -> Self:
@@ -118,6 +145,18 @@ class TrainConfig(_Config):
 
     def stage(self, epoch: int) -> Literal["classify", "align", "adversarial"]:
         """Which stage an epoch (0-based) belongs to (ESR section IV-B)."""
-        if epoch < self.classify_epochs:
+        if epoch < self.classify_epochs or self.objective == "classifier":
             return "classify"
         return "align" if epoch < self.classify_epochs + self.align_epochs else "adversarial"
+
+
+# The rows of Table III, and below them what the paper leaves open: changes to TrainConfig.
+ABLATIONS: dict[str, dict] = {
+    "full": {},
+    "w/o pre-training": {"classify_epochs": 0},
+    "w/o style classification": {"classification_weight": 0.0, "classify_epochs": 0},  # a stage 1 without it is idle
+    "w/o modality discriminator": {"adversarial_weight": 0.0},
+    "w/o prompt augmentation": {"augment_prompts": False},
+    "multi-positive targets": {"objective": "multi-positive"},
+    "published code": {"adversarial_weight": 1.1, "fixed_temperature": True},
+}

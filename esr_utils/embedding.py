@@ -29,6 +29,7 @@ from esr_utils import batches, runs, weights
 from esr_utils.config import SAMPLE_RATE, Level
 from esr_utils.retriever import StyleRetriever, pool
 from esr_utils.speech import SpeechBackbone
+from esr_utils.styles import STYLES
 
 CACHE = runs.RUNS / "cache"
 _FORMAT = 2  # part of every name: raise it when the way frames are computed changes
@@ -40,12 +41,13 @@ class FrameCache:
 
     Attributes:
         folder: where the files are; safe to delete at any time.
+        shape: (L, D) of a clip's frames; L is 1 where only the last layer is kept.
     """
 
-    def __init__(self, backbone: SpeechBackbone, level: Level, folder: Path = CACHE) -> None:
+    def __init__(self, backbone: SpeechBackbone, level: Level, folder: Path = CACHE, last_only: bool = False) -> None:
         kind = f"{type(backbone).__name__}-{weights.fingerprint(backbone)[:12]}-{level}-{_FORMAT}"
-        self.folder = folder / kind
-        self.backbone, self.shape = backbone, (backbone.n_layers, backbone.dim)
+        self.folder = folder / (kind + "-last" * last_only)
+        self.backbone, self.shape = backbone, (1 if last_only else backbone.n_layers, backbone.dim)
         self._digests: dict[tuple, str] = {}
 
     def path(self, cut: Cut) -> Path:
@@ -106,7 +108,7 @@ def frozen_features(model: StyleRetriever, cuts: CutSet, level: Level, cache: Pa
 
     Interrupted, it goes on where it was. Cuts that cannot be used are named in `skipped`.
     """
-    kept = FrameCache(model.speech, level, cache)
+    kept = FrameCache(model.speech, level, cache, last_only=not model.config.mix_layers)
     pooled, missing = {}, []
     progress = tqdm(total=len(cuts), desc="frames", unit="clip", leave=False)
     for cut in cuts:
@@ -164,22 +166,20 @@ class FrozenClips:
         for row, cut in enumerate(self.cuts):
             windows.setdefault(batches.utterance_id(cut), []).append(row)
         self.windows = list(windows.values())
+        self.row = {cut.id: row for row, cut in enumerate(self.cuts)}
 
     def __len__(self) -> int:
         return len(self.windows)
 
-    def epoch(self, rng: np.random.Generator) -> Iterator[dict]:
-        rows = np.array([windows[rng.integers(len(windows))] for windows in self.windows])
-        rows = rows[rng.permutation(len(rows))]
-        for start in range(0, len(rows), self.batch_size):
-            part = rows[start : start + self.batch_size]
-            chosen = [self.cuts[row] for row in part]
-            yield {
-                "pooled": self.pooled[part],
-                "style": torch.tensor([batches.style_label(cut) for cut in chosen]),
-                "utterance_id": [batches.utterance_id(cut) for cut in chosen],
-                "skipped": [],
-            }
+    def plan(self, rng: np.random.Generator) -> list[list[Cut]]:
+        """Batches of one random window of every clip, shuffled."""
+        chosen = [windows[rng.integers(len(windows))] for windows in self.windows]
+        return batches.batched([self.cuts[chosen[i]] for i in rng.permutation(len(chosen))], self.batch_size)
+
+    def load(self, plan: list[list[Cut]]) -> Iterator[dict]:
+        """Batches as those of `batches.WaveformClips.load`, with `pooled` (B, L, P) for the waveform."""
+        for cuts in plan:
+            yield {"pooled": self.pooled[[self.row[cut.id] for cut in cuts]], **batches.about(cuts), "skipped": []}
 
 
 @dataclass(frozen=True)
@@ -189,11 +189,13 @@ class Embeddings:
     Attributes:
         utterance_ids: N ids, in the manifest's order, without the skipped ones.
         vectors: (N, d) float32, L2-normalised.
+        logits: (N, 22) float32, the style classifier's, columns as STYLES; mean over a long clip's windows.
         skipped: columns utterance_id, reason.
     """
 
     utterance_ids: list[str]
     vectors: np.ndarray
+    logits: np.ndarray
     skipped: pd.DataFrame
 
 
@@ -209,27 +211,37 @@ def embed(model: StyleRetriever, cuts: CutSet, level: Level, cache: Path | None 
     owner = {cut.id: batches.utterance_id(cut) for cut in parts}
     tuned = any(parameter.requires_grad for parameter in model.speech.parameters())
     if cache is None or tuned:
-        ids, vectors, skipped = _embed_waveforms(model, parts, level)
+        ids, found, skipped = _embed_waveforms(model, parts, level)
     else:
         features = frozen_features(model, parts, level, cache)
         ids, skipped = features.cut_ids, features.skipped
-        vectors = model.encode_speech({"pooled": features.pooled}).float().cpu()
-    sums: dict[str, Tensor] = {}
-    for cut_id, vector in zip(ids, vectors, strict=True):
-        sums[owner[cut_id]] = sums.get(owner[cut_id], 0) + vector
-    order = [i for i in dict.fromkeys(owner.values()) if i in sums]
-    empty = torch.zeros(0, model.config.dim)
-    whole = F.normalize(torch.stack([sums[i] for i in order]), dim=-1) if order else empty
-    return Embeddings(order, whole.numpy(), skipped[~skipped["utterance_id"].isin(order)].reset_index(drop=True))
+        found = _vectors_and_logits(model, {"pooled": features.pooled})
+    windows: dict[str, list[int]] = {}
+    for row, cut_id in enumerate(ids):
+        windows.setdefault(owner[cut_id], []).append(row)
+    order = [i for i in dict.fromkeys(owner.values()) if i in windows]
+    means = [torch.stack([one[windows[i]].mean(0) for i in order]) if order else one[:0] for one in found]
+    unused = skipped[~skipped["utterance_id"].isin(order)].reset_index(drop=True)
+    return Embeddings(order, F.normalize(means[0], dim=-1).numpy(), means[1].numpy(), unused)
 
 
-def _embed_waveforms(model: StyleRetriever, parts: CutSet, level: Level) -> tuple[list[str], Tensor, pd.DataFrame]:
-    ids, vectors, skipped = [], [torch.zeros(0, model.config.dim)], []
+def _vectors_and_logits(model: StyleRetriever, batch: dict) -> tuple[Tensor, Tensor]:
+    """(B, d) unit vectors and (B, 22) logits of the style classifier."""
+    vectors = model.speech_vectors(batch)
+    return F.normalize(vectors, dim=-1).float().cpu(), model.classifier(vectors).float().cpu()
+
+
+def _embed_waveforms(
+    model: StyleRetriever, parts: CutSet, level: Level
+) -> tuple[list[str], tuple[Tensor, Tensor], pd.DataFrame]:
+    ids, skipped = [], []
+    found = [(torch.zeros(0, model.config.dim), torch.zeros(0, len(STYLES)))]
     with tqdm(total=len(parts), desc="embed", unit="clip", leave=False) as progress:
         for batch in batches.ordered_batches(parts, _BATCH, level):
             skipped += batch["skipped"]
             ids += batch["cut_id"]
             if batch["cut_id"]:
-                vectors.append(model.encode_speech(batch).float().cpu())
+                found.append(_vectors_and_logits(model, batch))
             progress.update(len(batch["cut_id"]) + len(batch["skipped"]))
-    return ids, torch.cat(vectors), skipped_table(skipped)
+    vectors, logits = zip(*found, strict=True)
+    return ids, (torch.cat(vectors), torch.cat(logits)), skipped_table(skipped)

@@ -2,7 +2,8 @@
 
 speech: backbone frames (B, L, T, D) -> pooled over time per layer (B, L, P) -> standardised -> mixed over layers ->
 hidden layer -> linear projection (B, d). text: backbone vector -> linear projection (B, d). In ESR section III-A, B the
-mean of the last layer is projected at once; `ModelConfig.paper()` is just that.
+mean of the last layer is projected at once; `ModelConfig.paper()` is just that. A style classifier reads the speech
+vectors: it helps training, and alone it is the paper's baseline (section IV-D).
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from esr_utils import runs, weights
+from esr_utils import losses, runs, weights
 from esr_utils.config import ModelConfig
 from esr_utils.speech import SpeechBackbone, active_frames, load_speech_backbone
+from esr_utils.styles import STYLES
 from esr_utils.text import TextBackbone, load_text_backbone
 
 MAX_LOGIT_SCALE = math.log(100.0)  # as CLIP and CLAP clamp it
@@ -76,7 +78,7 @@ class SpeechHead(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         pooled = (pooled - self.mean) / self.std
-        mixed = pooled[:, -1] if self.mix is None else torch.einsum("blp,l->bp", pooled, self.layer_weights)
+        mixed = pooled[:, 0] if self.mix is None else torch.einsum("blp,l->bp", pooled, self.layer_weights)
         return self.projection(mixed)
 
 
@@ -88,10 +90,11 @@ class StyleRetriever(nn.Module):
         self.config = config
         self.speech, self.text = speech, text
         width = speech.dim * (2 if config.pooling == "stats" else 1)
-        self.speech_head = SpeechHead(speech.n_layers, width, config)
+        self.speech_head = SpeechHead(speech.n_layers if config.mix_layers else 1, width, config)
         self.text_head = nn.Linear(text.dim, config.dim)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
         self.bias = nn.Parameter(torch.tensor(-10.0))  # only the sigmoid objective reads it
+        self.classifier = losses.two_layer(config.dim, config.classifier_hidden, len(STYLES))
 
     @classmethod
     def build(cls, config: ModelConfig) -> StyleRetriever:
@@ -115,22 +118,33 @@ class StyleRetriever(nn.Module):
         return pool(*self.frames(batch), self.config.pooling)
 
     def frames(self, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
-        """The speech backbone's frames (B, L, T, D), which are valid (B, T), and which carry speech (B, T)."""
+        """The speech backbone's frames (B, L, T, D), which are valid (B, T), and which carry speech (B, T).
+
+        L is 1, the last layer, where layers are not mixed.
+        """
         waveform, n_samples = batch["waveform"].to(self.device), batch["n_samples"].to(self.device)
         layers, mask = self.speech.layers(waveform, n_samples)
+        layers = layers if self.config.mix_layers else layers[:, -1:]
         return layers, mask, active_frames(waveform, n_samples, self.speech.hop, mask.shape[1])
 
-    def forward(self, batch: dict) -> tuple[Tensor, Tensor]:
-        """The pair (e_s, e_t), (B, d) each, not normalised: what the losses take."""
-        return self.speech_head(self.pooled(batch)), self.text_head(self.text.embed(batch["prompt"]))
+    def speech_vectors(self, batch: dict) -> Tensor:
+        """e_s, (B, d), not normalised, of a batch with `waveform` (B, S) at 16 kHz and `n_samples` (B,), or `pooled`.
+
+        What the losses and the style classifier take.
+        """
+        return self.speech_head(self.pooled(batch))
+
+    def text_vectors(self, texts: list[str]) -> Tensor:
+        """e_t, (B, d), not normalised: what the losses take."""
+        return self.text_head(self.text.embed(list(texts)))
 
     def encode_speech(self, batch: dict) -> Tensor:
-        """(B, d), L2-normalised, of a batch with `waveform` (B, S) at 16 kHz and `n_samples` (B,), or `pooled`."""
-        return F.normalize(self.speech_head(self.pooled(batch)), dim=-1)
+        """(B, d), L2-normalised; see `speech_vectors`."""
+        return F.normalize(self.speech_vectors(batch), dim=-1)
 
     def encode_text(self, texts: list[str]) -> Tensor:
         """(B, d), L2-normalised."""
-        return F.normalize(self.text_head(self.text.embed(list(texts))), dim=-1)
+        return F.normalize(self.text_vectors(texts), dim=-1)
 
     def save(self, folder: str | Path) -> None:
         """Writes `config.json` and `model.safetensors`: what was trained, and of an untouched backbone name and hash.
@@ -182,7 +196,10 @@ class StyleRetriever(nn.Module):
             state = load_file(folder / "model.safetensors")
         except SafetensorError as error:
             raise weights.WeightsError(f"{folder / 'model.safetensors'}: {error}") from None
-        missing, unexpected = model.load_state_dict(state, strict=False)
+        try:
+            missing, unexpected = model.load_state_dict(state, strict=False)
+        except RuntimeError as error:  # a tensor of another shape
+            raise weights.WeightsError(f"{folder} does not fit its settings: {error}") from None
         absent = [k for k in missing if not k.startswith(("text.", "speech."))]
         if absent or unexpected or (about["speech_backbone_tuned"] and any(k.startswith("speech.") for k in missing)):
             raise weights.WeightsError(f"{folder} does not fit its settings: lacks {absent}, has {unexpected}")

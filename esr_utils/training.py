@@ -8,76 +8,33 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sys
 import time
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from lhotse.cut import Cut
 from tqdm.auto import tqdm
 
-from esr_utils import batches, embedding, losses, runs
+from esr_utils import batches, checkpoints, embedding, runs, weights
 from esr_utils.config import SAMPLE_RATE, ConfigError, ModelConfig, TrainConfig
+from esr_utils.corpora import DEMO_FOLDER
+from esr_utils.losses import NO_STYLE
 from esr_utils.manifests import load_corpora, to_cuts
+from esr_utils.objective import Objective
 from esr_utils.retriever import StyleRetriever
-from esr_utils.styles import STYLES, PromptBank
+from esr_utils.styles import PROMPTS_PATH, STYLES, PromptBank
 
 VALIDATION = 2**31  # stands where an epoch would, in the seed of the validation's fixed prompts and order
 
 
 class RunExists(ValueError):
     """The run folder holds a run with other settings; the message names them."""
-
-
-class Objective(nn.Module):
-    """The retriever with the two networks that exist only for training: a batch in, a dict of named loss terms out."""
-
-    def __init__(self, retriever: StyleRetriever, config: TrainConfig) -> None:
-        super().__init__()
-        self.retriever, self.config = retriever, config
-        dim = retriever.config.dim
-        self.classifier = losses.two_layer(dim, config.hidden, len(STYLES))
-        self.discriminator = losses.two_layer(dim, config.hidden, 1)
-
-    def forward(self, batch: dict, stage: str) -> dict[str, Tensor]:
-        speech, text = self.retriever(batch)
-        style = batch["style"].to(speech.device)
-        terms = {"classification": losses.classification(self.classifier, speech, style)}
-        if stage != "classify":
-            logits = losses.similarity(speech, text) * self.retriever.logit_scale
-            bias = self.retriever.bias
-            terms["contrastive"] = losses.contrastive(self.config.objective, logits, style, bias)
-        if stage == "adversarial":
-            weight = self.config.adversarial_weight
-            terms["adversarial"] = losses.modality(self.discriminator, speech, text, weight)
-        return terms
-
-    def total(self, terms: dict[str, Tensor]) -> Tensor:
-        """ESR Eq. (5); the adversarial term carries its weight inside the gradient reversal (`losses.modality`)."""
-        weights = {
-            "classification": self.config.classification_weight,
-            "contrastive": self.config.contrastive_weight,
-            "adversarial": 1.0,
-        }
-        return sum(weights[name] * term for name, term in terms.items())
-
-
-@dataclass
-class _Progress:
-    """What a stopped run needs besides the tensors; written as resume.json."""
-
-    epoch: int = 0  # epochs done
-    step: int = 0  # optimiser steps done
-    best_loss: float | None = None  # validation contrastive loss of the checkpoint in best/
-    best_epoch: int | None = None
-    since_best: int = 0
-    finished: bool = False
-    state: str = ""  # the safetensors file beside it
 
 
 def fit(
@@ -105,7 +62,7 @@ def fit(
     """
     model_config, config = model_config or ModelConfig(), config or TrainConfig.demo()
     folder = runs.run_folder(run)
-    _claim(folder, manifest, model_config, config)
+    begin(manifest, folder, model_config, config)
     trainer = _Trainer(manifest, folder, model_config, config, device, cache)
     trainer.run()
     return StyleRetriever.load(folder / "best", trainer.accelerator.device)
@@ -126,8 +83,33 @@ def load_run(run: str | Path = runs.DEFAULT_RUN, device: str = "auto") -> tuple[
     return model, runs.read_json(folder / "config.json")
 
 
-def _claim(folder: Path, manifest: pd.DataFrame, model_config: ModelConfig, config: TrainConfig) -> None:
-    """Writes config.json, or checks that the one there says the same."""
+def go_on(run: str | Path, device: str = "auto") -> StyleRetriever:
+    """`fit` with all settings from the config.json of a run folder that was begun, as by 03_train with `begin_only`.
+
+    On several GPUs: `accelerate launch --num_processes N -m esr_utils.training RUN`. The batch is then shared out, and
+    the loss and its gradients are those of the whole batch.
+
+    Raises:
+        weights.WeightsError: no such run.
+        RunExists: the corpora are not what they were.
+    """
+    folder = runs.run_folder(run)
+    if not (folder / "config.json").is_file():
+        raise weights.WeightsError(f"{folder} holds no config.json: begin the run with notebook 03_train")
+    settings = runs.read_json(folder / "config.json")
+    roots = [Path(root).parent for root in settings["roots"] if Path(root) != DEMO_FOLDER]
+    manifest = load_corpora(settings["corpora"], next(iter(roots), None))
+    configs = ModelConfig.from_dict(settings["model"]), TrainConfig.from_dict(settings["training"])
+    return fit(manifest, folder, *configs, device)
+
+
+def begin(manifest: pd.DataFrame, run: str | Path, model_config: ModelConfig, config: TrainConfig) -> None:
+    """Writes a run's config.json, or checks that the one there says the same; `go_on` trains it.
+
+    Raises:
+        RunExists: the folder holds a run with other settings.
+    """
+    folder = runs.run_folder(run)
     split = manifest["split"].value_counts()
     decisive = ["utterance_id", "path", "start_s", "end_s", "channel", "split", "style", "caption"]
     settings = {
@@ -136,6 +118,7 @@ def _claim(folder: Path, manifest: pd.DataFrame, model_config: ModelConfig, conf
         "corpora": sorted(manifest["corpus"].unique()),
         "roots": sorted(manifest["root"].unique()),
         "clips": {name: int(split.get(name, 0)) for name in ("train", "val", "test")},
+        "prompts_sha256": weights.file_sha256(Path(config.prompt_bank or PROMPTS_PATH)),
         "manifest_sha256": runs.text_sha256(manifest[decisive].to_csv(index=False)),
     }
     path = folder / "config.json"
@@ -150,7 +133,11 @@ def _claim(folder: Path, manifest: pd.DataFrame, model_config: ModelConfig, conf
         for key, value in now[part].items()
         if there[part].get(key) != value
     ]
-    changed += [f"{key}: other than now" for key in ("corpora", "manifest_sha256") if there[key] != now[key]]
+    changed += [
+        f"{key}: other than now"
+        for key in ("corpora", "prompts_sha256", "manifest_sha256")
+        if there.get(key) != now[key]
+    ]
     if changed:
         raise RunExists(
             f"{folder} holds another run ({'; '.join(changed)}): choose another `run`, or delete that folder"
@@ -160,49 +147,41 @@ def _claim(folder: Path, manifest: pd.DataFrame, model_config: ModelConfig, conf
 class _Trainer:
     def __init__(self, manifest, folder: Path, model_config, config: TrainConfig, device: str, cache: Path) -> None:
         self.folder, self.config = folder, config
-        bf16 = device != "cpu" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         self.accelerator = Accelerator(
-            cpu=device == "cpu",
-            mixed_precision="bf16" if bf16 else "no",
-            log_with="tensorboard",
-            project_dir=folder,
+            cpu=device == "cpu", mixed_precision="no", log_with="tensorboard", project_dir=folder
         )
-        self.bank = PromptBank.load()
+        self.bank = PromptBank.load(config.prompt_bank or PROMPTS_PATH)
         runs.seed_everything(config.seed)
         retriever = StyleRetriever.build(model_config).to(self.accelerator.device)
         retriever.speech.set_trainable(config.finetune == "full")
+        retriever.speech.recompute = config.recompute
         self.caption = dict(zip(manifest["utterance_id"], manifest["caption"], strict=True))
         self.skipped: list[tuple[str, str]] = []
-        self.clips = {split: self._clips(retriever, manifest, split, cache) for split in ("train", "val")}
-        objective = Objective(retriever, config)
-        discriminator = list(objective.discriminator.parameters())
-        theirs = {id(parameter) for parameter in discriminator}
-        ours = [p for p in objective.parameters() if p.requires_grad and id(p) not in theirs]
-        optimizer = torch.optim.AdamW(
-            [{"params": ours, "lr": config.learning_rate},
-             {"params": discriminator, "lr": config.discriminator_learning_rate}],
-            betas=config.betas, weight_decay=config.weight_decay, fused=True,
-        )  # fmt: skip
-        self._embed_prompts(retriever, manifest)
+        with self.accelerator.main_process_first():  # the others then find the frames
+            self.clips = {split: self._clips(retriever, manifest, split, cache) for split in ("train", "val")}
         if config.crop_s * SAMPLE_RATE > retriever.speech.max_samples:
             longest = retriever.speech.max_samples / SAMPLE_RATE
             raise ConfigError(
                 f"crop_s is {config.crop_s:g}; {model_config.speech_backbone} takes at most {longest:g} s"
             )
-        self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
-        self.progress = _Progress()
-
-    @property
-    def bare(self) -> Objective:
-        return self.accelerator.unwrap_model(self.objective)
+        if config.objective != "classifier":
+            self._embed_prompts(retriever, manifest)
+        self.objective = Objective(retriever, config, self.accelerator).to(self.accelerator.device)
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.objective), betas=config.betas, weight_decay=config.weight_decay, fused=True
+        )
+        self.progress = checkpoints.Progress()
 
     def _clips(self, retriever, manifest, split: str, cache: Path) -> embedding.FrozenClips | batches.WaveformClips:
-        rows = manifest[manifest["split"] == split]
+        if unknown := set(self.config.held_out_styles) - set(STYLES):
+            raise ConfigError(f"held_out_styles: {', '.join(sorted(unknown))} unknown; styles: {', '.join(STYLES)}")
+        rows = manifest[(manifest["split"] == split) & ~manifest["style"].isin(self.config.held_out_styles)]
         described = (rows["style"] != "") | (rows["caption"] != "")  # else there is no sentence to pair it with
         self._note_skipped([(name, "neither style nor caption") for name in rows.loc[~described, "utterance_id"]])
         cuts = to_cuts(rows[described])
         if self.config.finetune == "full":
-            return batches.WaveformClips(cuts, self.config.batch_size, self.config.crop_s, self.config.level)
+            workers = min(4, os.cpu_count() or 1) if self.accelerator.device.type == "cuda" else 0
+            return batches.WaveformClips(cuts, self.config.batch_size, self.config.crop_s, self.config.level, workers)
         cuts = batches.pieces(cuts, self.config.crop_s, self.config.crop_s)
         features = embedding.frozen_features(retriever, cuts, self.config.level, cache)
         self._note_skipped(list(features.skipped.itertuples(index=False, name=None)))
@@ -213,26 +192,29 @@ class _Trainer:
     def _embed_prompts(self, retriever: StyleRetriever, manifest: pd.DataFrame) -> None:
         """Every prompt that training can draw, once and in large batches; after this the text backbone is not run."""
         used = manifest[manifest["split"].isin(("train", "val"))]
-        styles = sorted(set(used["style"]) - {""})
+        styles = sorted(set(used["style"]) - {""} - set(self.config.held_out_styles))
         prompts = [prompt for style in styles for prompt in self.bank.all_prompts(style)]
         retriever.text.embed(prompts + sorted(set(used.loc[used["style"] == "", "caption"])))
 
     def _note_skipped(self, skipped: list[tuple[str, str]]) -> None:
         if new := [item for item in skipped if item not in self.skipped]:
             self.skipped += new
-            with runs.atomic_path(self.folder / "skipped.csv") as temporary:
-                embedding.skipped_table(self.skipped).to_csv(temporary, index=False)
+            if self.accelerator.is_main_process:
+                with runs.atomic_path(self.folder / "skipped.csv") as temporary:
+                    embedding.skipped_table(self.skipped).to_csv(temporary, index=False)
 
     def run(self) -> None:
         self._resume()
         self.accelerator.init_trackers("tensorboard")
         config, progress = self.config, self.progress
-        bar = tqdm(total=config.epochs, initial=progress.epoch, desc="train", unit="epoch")
+        hidden = not self.accelerator.is_main_process
+        bar = tqdm(total=config.epochs, initial=progress.epoch, desc="train", unit="epoch", disable=hidden or None)
         while not progress.finished:
             line = self._epoch()
             bar.set_postfix({k: f"{v:.3f}" for k, v in line.items() if k in ("train_contrastive", "val_contrastive")})
             bar.update()
         bar.close()
+        self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
     def _epoch(self) -> dict:
@@ -242,14 +224,11 @@ class _Trainer:
         rng = runs.seed_everything(config.seed, progress.epoch + 1)
         self.objective.train()
         if config.finetune == "frozen":
-            self.bare.retriever.speech.eval()
+            self.objective.retriever.speech.eval()
         train = _Mean()
-        for batch in self.clips["train"].epoch(rng):
-            if config.max_steps and progress.step >= config.max_steps:
-                break
-            self._note_skipped(batch["skipped"])
-            if len(batch["style"]):
-                train.add(self._step(batch, stage, rng), len(batch["style"]))
+        left = max(0, config.max_steps - progress.step) if config.max_steps else None
+        for batch, prompts in self._batches("train", rng, left):
+            train.add(*self._step(batch, prompts, stage))
         if not progress.step:
             raise ValueError(f"no usable training clip: {len(self.skipped)} refused, see {self.folder / 'skipped.csv'}")
         validation = self.validate(stage)
@@ -257,43 +236,45 @@ class _Trainer:
         line = {"epoch": progress.epoch, "step": progress.step, "stage": stage}
         line |= {f"train_{name}": value for name, value in train.means().items()}
         line |= {f"val_{name}": value for name, value in validation.items()}
-        line |= {"tau": 1 / float(self.bare.retriever.logit_scale.detach()), "seconds": time.perf_counter() - started}
-        self._judge(validation.get("contrastive"))
-        self._write(line)
+        tau = 1 / float(self.objective.retriever.logit_scale.detach())
+        line |= {"tau": tau, "seconds": time.perf_counter() - started}
+        self._judge(validation.get("classification" if config.objective == "classifier" else "contrastive"))
+        if self.accelerator.is_main_process:
+            self._write(line)
         return line
 
-    def _step(self, batch: dict, stage: str, rng: np.random.Generator) -> dict[str, float]:
-        batch["prompt"] = self._prompts(batch, rng)
-        with self.accelerator.autocast():
-            terms = self.objective(batch, stage)
-        self.accelerator.backward(self.bare.total(terms))
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.progress.step += 1
-        values = {name: float(term.detach()) for name, term in terms.items()}
-        self.accelerator.log({f"train/{name}": value for name, value in values.items()}, step=self.progress.step)
-        return values
+    def _step(self, batch: dict, prompts: list[str], stage: str) -> tuple[dict[str, float], int]:
+        values, size = self.objective.backward(batch, prompts, stage)
+        if size:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.progress.step += 1
+            self.accelerator.log({f"train/{k}": value for k, value in values.items()}, step=self.progress.step)
+        return values, size
 
-    def _prompts(self, batch: dict, rng: np.random.Generator) -> list[str]:
+    def _batches(self, split: str, rng: np.random.Generator, limit: int | None = None):
+        """(batch, prompts) of a split in an order drawn from rng: of each batch, this process's share."""
+        plan = self.clips[split].plan(rng)[:limit]
+        prompts = {batches.utterance_id(cut): self._prompt(cut, rng) for cuts in plan for cut in cuts}
+        shares = [cuts[self.accelerator.process_index :: self.accelerator.num_processes] for cuts in plan]
+        for batch in self.clips[split].load(shares):
+            self._note_skipped(batch["skipped"])
+            yield batch, [prompts[utterance] for utterance in batch["utterance_id"]]
+
+    def _prompt(self, cut: Cut, rng: np.random.Generator) -> str:
         """A random prompt of the clip's style; a clip without a style is described by its caption."""
-        return [
-            self.bank.sample(STYLES[style], rng) if style != losses.NO_STYLE else self.caption[utterance]
-            for style, utterance in zip(batch["style"].tolist(), batch["utterance_id"], strict=True)
-        ]
+        style = batches.style_label(cut)
+        if style == NO_STYLE:
+            return self.caption[batches.utterance_id(cut)]
+        return self.bank.sample(STYLES[style], rng, self.config.augment_prompts)
 
-    @torch.no_grad()
     def validate(self, stage: str) -> dict[str, float]:
         """Mean of each term over the whole val split: the same prompts, crops and order every time."""
         rng = runs.seed_everything(self.config.seed, VALIDATION)
         self.objective.eval()
         mean = _Mean()
-        for batch in self.clips["val"].epoch(rng):
-            self._note_skipped(batch["skipped"])
-            if len(batch["style"]):
-                batch["prompt"] = self._prompts(batch, rng)
-                with self.accelerator.autocast():
-                    terms = self.bare(batch, stage)
-                mean.add({name: float(term) for name, term in terms.items()}, len(batch["style"]))
+        for batch, prompts in self._batches("val", rng):
+            mean.add(*self.objective.evaluate(batch, prompts, stage))
         return mean.means()
 
     def _judge(self, loss: float | None) -> None:
@@ -307,62 +288,48 @@ class _Trainer:
         nothing_yet = last and progress.best_loss is None  # no val split, or stopped before the loss was on
         if better or nothing_yet:
             progress.best_loss, progress.best_epoch, progress.since_best = loss, progress.epoch, 0
-            self.bare.retriever.save(self.folder / "best")
+            if self.accelerator.is_main_process:
+                self.objective.retriever.save(self.folder / "best")
         elif loss is not None:
             progress.since_best += 1
         progress.finished = last or (config.patience > 0 and progress.since_best >= config.patience)
 
     def _write(self, line: dict) -> None:
-        """The epoch's line, then its state; resume.json comes last, and what it does not name does not count."""
+        """The epoch's line, then its state, without which the line does not count."""
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self.accelerator.log(
             {k.replace("_", "/", 1): v for k, v in line.items() if isinstance(v, float)}, step=self.progress.step
         )
-        before = self.progress.state
-        self.progress.state = f"resume-{self.progress.epoch}.safetensors"
-        with runs.atomic_path(self.folder / self.progress.state) as temporary:
-            save_file(self._tensors(), temporary)
-        runs.write_json(self.folder / "resume.json", vars(self.progress))
-        if before:
-            (self.folder / before).unlink(missing_ok=True)
-
-    def _tensors(self) -> dict[str, Tensor]:
-        """What changes in training: trained parameters and buffers, and AdamW's moments."""
-        state = {f"model.{name}": value for name, value in self._trained().items()}
-        for index, moments in self.optimizer.state_dict()["state"].items():
-            state |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in moments.items()}
-        return {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-
-    def _trained(self) -> dict[str, Tensor]:
-        frozen = ("retriever.text.",) if self.config.finetune == "full" else ("retriever.text.", "retriever.speech.")
-        return {k: v for k, v in self.bare.state_dict().items() if not k.startswith(frozen)}
+        checkpoints.write(self.folder, self.progress, self.objective, self.optimizer)
 
     def _resume(self) -> None:
-        path = self.folder / "resume.json"
+        self.progress = checkpoints.read(self.folder, self.objective, self.optimizer)
         metrics = self.folder / "metrics.jsonl"
-        if not path.is_file():
-            metrics.unlink(missing_ok=True)
-            return
-        self.progress = _Progress(**runs.read_json(path))
-        state = load_file(self.folder / self.progress.state)
-        trained = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
-        missing = set(self._trained()) - set(trained)
-        if missing:
-            raise ValueError(
-                f"{self.folder / self.progress.state} lacks {sorted(missing)}: delete the run and start anew"
-            )
-        self.bare.load_state_dict(trained, strict=False)
-        moments: dict[int, dict] = defaultdict(dict)
-        for name, value in state.items():
-            if name.startswith("optimizer."):
-                _, index, key = name.split(".")
-                moments[int(index)][key] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": dict(moments), "param_groups": groups})
-        lines = metrics.read_text(encoding="utf-8").splitlines()[: self.progress.epoch]
-        with runs.atomic_path(metrics) as temporary:
-            temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        if self.accelerator.is_main_process and metrics.is_file():
+            lines = metrics.read_text(encoding="utf-8").splitlines()[: self.progress.epoch]
+            with runs.atomic_path(metrics) as temporary:
+                temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        self.accelerator.wait_for_everyone()
+
+
+def parameter_groups(objective: Objective) -> list[dict]:
+    """AdamW's parameter groups: what is trained, by learning rate; the discriminator has its own (ESR section IV-B).
+
+    With `layer_decay` below 1 each layer of the speech backbone learns more slowly than the one above it by that
+    factor; the heads, above all, have the full rate.
+    """
+    config, speech = objective.config, objective.retriever.speech
+    by_rate: dict[float, list] = {config.learning_rate: []}
+    for name, parameter in objective.named_parameters():
+        if not parameter.requires_grad or name.startswith("discriminator."):
+            continue
+        rate = config.learning_rate
+        if name.startswith("retriever.speech.") and config.layer_decay != 1:
+            rate *= config.layer_decay ** (speech.n_layers - speech.depth(name.removeprefix("retriever.speech.")))
+        by_rate.setdefault(rate, []).append(parameter)
+    groups = [{"params": parameters, "lr": rate} for rate, parameters in by_rate.items()]
+    return [*groups, {"params": list(objective.discriminator.parameters()), "lr": config.discriminator_learning_rate}]
 
 
 class _Mean:
@@ -379,3 +346,7 @@ class _Mean:
 
     def means(self) -> dict[str, float]:
         return {name: total / self.count[name] for name, total in self.sums.items()}
+
+
+if __name__ == "__main__":  # accelerate launch --num_processes 2 -m esr_utils.training runs/esr
+    go_on(sys.argv[1])

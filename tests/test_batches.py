@@ -303,7 +303,8 @@ def many(tmp_path_factory) -> CutSet:
 
 
 def epoch(cuts: CutSet, seed: int, batch_size: int = 2, crop_s: float = 1.0) -> list[dict]:
-    return list(WaveformClips(cuts, batch_size, crop_s, "recorded").epoch(np.random.default_rng(seed)))
+    clips = WaveformClips(cuts, batch_size, crop_s, "recorded")
+    return list(clips.load(clips.plan(np.random.default_rng(seed))))
 
 
 def order(found: list[dict]) -> list[list[str]]:

@@ -357,7 +357,7 @@ def test_an_epoch_of_frozen_clips_takes_one_window_of_each(tiny_model, cuts, cac
     row_of = {cut_id: i for i, cut_id in enumerate(features.cut_ids)}
     drawn, orders = set(), set()
     for seed in range(8):
-        found = list(clips.epoch(np.random.default_rng(seed)))
+        found = list(clips.load(clips.plan(np.random.default_rng(seed))))
         assert [len(batch["utterance_id"]) for batch in found] == [4, 2]
         ids = sum((batch["utterance_id"] for batch in found), [])
         assert sorted(ids) == sorted(cut.id for cut in cuts)
@@ -371,8 +371,8 @@ def test_an_epoch_of_frozen_clips_takes_one_window_of_each(tiny_model, cuts, cac
         style_of = {cut.id: batches.style_label(cut) for cut in cuts}
         assert labels == [style_of[utterance] for utterance in ids]
     assert len(orders) > 4 and len(drawn) > 8
-    again = [batch["utterance_id"] for batch in clips.epoch(np.random.default_rng(3))]
-    assert again == [batch["utterance_id"] for batch in clips.epoch(np.random.default_rng(3))]
+    again = [batch["utterance_id"] for batch in clips.load(clips.plan(np.random.default_rng(3)))]
+    assert again == [batch["utterance_id"] for batch in clips.load(clips.plan(np.random.default_rng(3)))]
 
 
 def test_features_made_in_two_goes_are_those_made_in_one(tiny_model, manifest, cache):

@@ -17,13 +17,12 @@ import pytest
 import soundfile
 import torch
 from safetensors.torch import load_file
-from torch.nn import functional as F
 
-from esr_utils import losses, retriever, runs, training, weights
-from esr_utils.config import ModelConfig, TrainConfig
+from esr_utils import checkpoints, retriever, runs, training, weights
+from esr_utils.config import ConfigError, ModelConfig, TrainConfig
 from esr_utils.retriever import StyleRetriever
 from esr_utils.styles import STYLES
-from esr_utils.training import Objective, RunExists, fit
+from esr_utils.training import RunExists, fit
 
 CONFIG = TrainConfig(
     epochs=5,
@@ -39,7 +38,7 @@ CONFIG = TrainConfig(
     contrastive_weight=1.0,
     adversarial_weight=0.1,
     classification_weight=0.5,
-    hidden=8,
+    discriminator_hidden=8,
     objective="infonce",
     finetune="frozen",
     level="normalised",
@@ -97,6 +96,12 @@ def assert_equal(state: dict[str, torch.Tensor], other: dict[str, torch.Tensor])
     assert set(state) == set(other)
     different = [name for name in state if not torch.equal(state[name], other[name])]
     assert not different
+
+
+def assert_near(found: list[dict], expected: list[dict]) -> None:
+    for line, other in zip(found, expected, strict=True):
+        assert line.pop("stage") == other.pop("stage")
+        assert line == pytest.approx(other, rel=1e-3)
 
 
 # What a run leaves ------------------------------------------------------------------------------------------
@@ -170,7 +175,7 @@ def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(train, monkey
     states, judge = [], training._Trainer._judge
 
     def noted(self, *args):
-        states.append({k: v.clone() for k, v in self.bare.retriever.state_dict().items()})
+        states.append({k: v.clone() for k, v in self.objective.retriever.state_dict().items()})
         judge(self, *args)
 
     plan_validation(monkeypatch, [None, 3.0, 1.0, 2.0, 1.0])
@@ -211,7 +216,7 @@ def changed(train, name: str, **changes) -> dict[str, bool]:
     starts = {}
 
     def noted(self):
-        starts.update({k: v.clone() for k, v in self.bare.state_dict().items()})
+        starts.update({k: v.clone() for k, v in self.objective.state_dict().items()})
         return resume(self)
 
     resume = training._Trainer._resume
@@ -263,61 +268,16 @@ def test_the_other_objectives_train_too(train, objective):
     assert runs.read_json(train.folder / "run" / "config.json")["training"]["objective"] == objective
 
 
-def objective_and_batch(model: StyleRetriever) -> tuple[Objective, dict]:
-    torch.manual_seed(0)
-    objective = Objective(model, CONFIG.but(contrastive_weight=3.0, classification_weight=0.25))
-    batch = {
-        "pooled": torch.randn(4, 3, 32),
-        "prompt": ["an angry voice", "a calm voice", "whispered", "speech"],
-        "style": torch.tensor([0, 3, 21, -1]),
-    }
-    return objective.eval(), batch
-
-
-def test_the_total_weighs_each_term(tiny_model):
-    objective, batch = objective_and_batch(tiny_model)
-    terms = objective(batch, "adversarial")
-    assert set(terms) == {"classification", "contrastive", "adversarial"}
-    expected = 0.25 * terms["classification"] + 3 * terms["contrastive"] + terms["adversarial"]
-    torch.testing.assert_close(objective.total(terms), expected)
-    speech, text = tiny_model(batch)
-    logits = F.normalize(speech, dim=1) @ F.normalize(text, dim=1).T / 0.07
-    torch.testing.assert_close(terms["contrastive"], losses.info_nce(logits), atol=1e-4, rtol=1e-4)
-
-
-def test_in_the_total_the_encoders_receive_minus_a_tenth_of_the_discriminators_gradient(tiny_model):
-    """Passed back twice through the reversal it would be -1.1 times."""
-    objective, batch = objective_and_batch(tiny_model)
-    speech, text = tiny_model(batch)
-    plain = -F.logsigmoid(objective.discriminator(speech)).mean()
-    plain = plain - F.logsigmoid(-objective.discriminator(text)).mean()
-    heads = [
-        tiny_model.speech_head.projection[-1].weight,
-        tiny_model.speech_head.mix,
-        tiny_model.text_head.weight,
-    ]
-    theirs = list(objective.discriminator.parameters())
-    expected = torch.autograd.grad(plain, heads + theirs)
-    terms = objective(batch, "adversarial")
-    found = torch.autograd.grad(objective.total({"adversarial": terms["adversarial"]}), heads + theirs)
-    for gradient, reference in zip(found[:3], expected[:3], strict=True):
-        torch.testing.assert_close(gradient, -0.1 * reference)
-        assert float(reference.abs().max()) > 1e-4
-    for gradient, reference in zip(found[3:], expected[3:], strict=True):
-        torch.testing.assert_close(gradient, reference)
-
-
 def test_the_discriminator_has_a_learning_rate_of_its_own(train, monkeypatch):
-    groups = []
-    step = training._Trainer._step
+    groups, run = [], training._Trainer.run
 
-    def noted(self, *args):
-        groups.append([(len(g["params"]), g["lr"]) for g in self.optimizer.param_groups])
-        return step(self, *args)
+    def noted(self):
+        groups.extend((len(group["params"]), group["lr"]) for group in self.optimizer.param_groups)
+        run(self)
 
-    monkeypatch.setattr(training._Trainer, "_step", noted)
+    monkeypatch.setattr(training._Trainer, "run", noted)
     train("run", epochs=1)
-    (ours, rate), (theirs, other_rate) = groups[0]
+    (ours, rate), (theirs, other_rate) = groups
     assert (rate, other_rate) == (1e-2, 4e-3) and theirs == 4 and ours == 13
     # ours: the classifier's 4; mix and 4 of the speech head; 2 of the text head; scale and bias
 
@@ -355,7 +315,7 @@ def stop_in_epoch(patch, epoch: int) -> None:
 
 def stop_at_the_end_of_epoch(patch, epoch: int) -> None:
     """Its line and its best checkpoint are written, its state is not."""
-    save = training.save_file
+    save = checkpoints.save_file
 
     def stopping(tensors, path):
         if f"resume-{epoch + 1}" in Path(path).name:
@@ -363,7 +323,7 @@ def stop_at_the_end_of_epoch(patch, epoch: int) -> None:
             raise Stopped
         save(tensors, path)
 
-    patch.setattr(training, "save_file", stopping)
+    patch.setattr(checkpoints, "save_file", stopping)
 
 
 def stop_before_epochs_state_counts(patch, epoch: int) -> None:
@@ -417,7 +377,7 @@ KILLED = """
 import json, os, signal, sys
 os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_OFFLINE"] = "1"
 from esr_utils import training
-from esr_utils.config import ModelConfig, TrainConfig
+from esr_utils.config import ConfigError, ModelConfig, TrainConfig
 from esr_utils.manifests import load_corpora
 
 root, folder, cache, model, config, threads = json.loads(sys.argv[1])
@@ -639,15 +599,15 @@ def test_without_any_usable_training_clip_there_is_no_run(train, own_corpus, fin
 def prompts_used(monkeypatch) -> dict[str, set[str]]:
     """Utterance -> the prompts it was trained or validated with."""
     used: dict[str, set[str]] = {}
-    draw = training._Trainer._prompts
+    draw = training._Trainer._batches
 
-    def noted(self, batch, rng):
-        found = draw(self, batch, rng)
-        for utterance, prompt in zip(batch["utterance_id"], found, strict=True):
-            used.setdefault(utterance, set()).add(prompt)
-        return found
+    def noted(self, *args):
+        for batch, prompts in draw(self, *args):
+            for utterance, prompt in zip(batch["utterance_id"], prompts, strict=True):
+                used.setdefault(utterance, set()).add(prompt)
+            yield batch, prompts
 
-    monkeypatch.setattr(training._Trainer, "_prompts", noted)
+    monkeypatch.setattr(training._Trainer, "_batches", noted)
     return used
 
 
@@ -684,3 +644,109 @@ def test_captions_alone_are_enough_to_train(train, manifest):
     assert {line["train_classification"] for line in found} == {0.0}
     assert found[-1]["train_contrastive"] != found[0]["train_contrastive"]
     assert model.encode_text(["anything"]).shape == (1, 8)
+
+
+# Settings of the paper's comparisons -------------------------------------------------------------------------
+
+
+def test_the_classifier_alone_is_trained_and_chosen_without_text(train, monkeypatch):
+    def no_text(self, texts):
+        raise AssertionError("the text backbone was run")
+
+    monkeypatch.setattr(training.StyleRetriever, "text_vectors", no_text)
+    found = changed(train, "baseline", objective="classifier")
+    assert found["classifier"] and found["speech_head"] and not found["text_head"] and not found["discriminator"]
+    told = lines(train.folder / "baseline")
+    assert {line["stage"] for line in told} == {"classify"}
+    best_epoch = runs.read_json(train.folder / "baseline" / "resume.json")["best_epoch"]
+    assert best_epoch == min(told, key=lambda line: line["val_classification"])["epoch"]
+
+
+def test_the_fixed_temperature_stays(train):
+    train("run", fixed_temperature=True)
+    assert [line["tau"] for line in lines(train.folder / "run")] == pytest.approx([0.07] * 5, rel=1e-6)
+
+
+def test_without_augmentation_there_is_one_prompt_a_style(train, manifest, prompts_used):
+    train("run", augment_prompts=False)
+    assert set.union(*prompts_used.values()) == {f"Speech that is {style}." for style in set(manifest["style"])}
+
+
+def test_held_out_styles_are_neither_trained_on_nor_validated_with(train, manifest, prompts_used):
+    train("run", held_out_styles=("calm",))
+    used = manifest[manifest["split"].isin(("train", "val")) & (manifest["style"] != "calm")]
+    assert set(prompts_used) == set(used["utterance_id"])
+    assert not any("calm" in prompt for prompts in prompts_used.values() for prompt in prompts)
+
+
+def test_an_unknown_held_out_style_is_refused(train):
+    with pytest.raises(ConfigError, match="held_out_styles: clam unknown; styles: angry, awe"):
+        train("run", held_out_styles=("clam",))
+
+
+def test_chunks_give_the_run_of_whole_batches(train, tiny_config):
+    """Three epochs of a backbone that is trained; sums in another order, so not to the last bit."""
+    options = {"finetune": "full", "epochs": 3, "classify_epochs": 1, "align_epochs": 1, "learning_rate": 1e-4}
+    options["model"] = tiny_config  # without dropout, which draws otherwise for a chunk than for a batch
+    train("whole", **options)
+    train("chunks", **options, chunk_size=2)
+    assert_near(lines(train.folder / "chunks"), lines(train.folder / "whole"))
+
+
+def test_lower_layers_learn_more_slowly(train, monkeypatch):
+    rates, run = {}, training._Trainer.run
+
+    def noted(self):
+        names = {id(p): name for name, p in self.objective.named_parameters()}
+        rates.update({names[id(p)]: g["lr"] for g in self.optimizer.param_groups for p in g["params"]})
+        run(self)
+
+    monkeypatch.setattr(training._Trainer, "run", noted)
+    train("run", finetune="full", epochs=1, layer_decay=0.5)
+    encoder = "retriever.speech.encoder."
+    assert rates["retriever.text_head.weight"] == rates["retriever.classifier.0.weight"] == 1e-2
+    assert rates[encoder + "layers.1.fc1.weight"] == pytest.approx(0.5e-2)
+    assert rates[encoder + "layers.0.fc1.weight"] == pytest.approx(0.25e-2)
+    assert rates[encoder + "conv1.weight"] == pytest.approx(0.125e-2)
+    assert rates["discriminator.0.weight"] == 4e-3
+
+
+def test_bf16_where_asked_for(train):
+    train("run", finetune="full", epochs=2, classify_epochs=1, align_epochs=0, precision="bf16")
+    train("exact", finetune="full", epochs=2, classify_epochs=1, align_epochs=0)
+    found, exact = lines(train.folder / "run")[-1], lines(train.folder / "exact")[-1]
+    assert found["train_contrastive"] != exact["train_contrastive"]
+    assert found["train_contrastive"] == pytest.approx(exact["train_contrastive"], rel=0.2)
+
+
+def test_another_bank_of_prompts_is_another_run(train, tmp_path):
+    bank = json.loads(training.PROMPTS_PATH.read_text("utf-8"))
+    bank["styles"]["angry"]["phrases"][0] = "thunderous"
+    (tmp_path / "bank.json").write_text(json.dumps(bank))
+    train("run", epochs=1)
+    with pytest.raises(RunExists, match="prompt_bank"):
+        train("run", epochs=1, prompt_bank=str(tmp_path / "bank.json"))
+    train("other", epochs=1, prompt_bank=str(tmp_path / "bank.json"))
+    bank["styles"]["angry"]["phrases"][0] = "stormy"
+    (tmp_path / "bank.json").write_text(json.dumps(bank))
+    with pytest.raises(RunExists, match="prompts_sha256"):
+        train("other", epochs=1, prompt_bank=str(tmp_path / "bank.json"))
+
+
+def test_a_run_that_was_begun_is_trained_by_two_processes_as_by_one(manifest, tiny_config, data_root, tmp_path):
+    """As `accelerate launch -m esr_utils.training RUN` does it, with gloo."""
+    config = CONFIG.but(epochs=4, classify_epochs=1, align_epochs=1, finetune="full", learning_rate=1e-4)
+    training.begin(manifest, tmp_path / "two", tiny_config, config)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+    environment = os.environ | {"PYTHONPATH": str(runs.PROJECT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command += ["esr_utils.training", str(tmp_path / "two")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    fit(manifest, tmp_path / "one", tiny_config, config, device="cpu")
+    assert_near(lines(tmp_path / "two"), lines(tmp_path / "one"))
+    assert list(StyleRetriever.load(tmp_path / "two" / "best").state_dict())
+
+
+def test_a_run_that_was_never_begun_cannot_go_on(tmp_path):
+    with pytest.raises(weights.WeightsError, match="begin the run with notebook 03_train"):
+        training.go_on(tmp_path / "nothing")

@@ -1,0 +1,179 @@
+"""One training step's loss and gradients: a batch in, named loss terms out, and a gradient on every trained parameter.
+
+The contrastive loss couples all clips of a batch, but only through their vectors. So the vectors come first, by chunks
+and by processes; the loss is taken on all of them; then each chunk is run again and given the gradient of its own
+vectors (cached contrastive gradients: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory
+Limited Setup"). The gradients are those of one big batch in one process, whatever the chunk size and the number of
+processes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from esr_utils import losses
+from esr_utils.config import TrainConfig
+from esr_utils.retriever import StyleRetriever
+
+
+class Objective(nn.Module):
+    """The retriever with the discriminator, which exists only for training, and the loss on both."""
+
+    def __init__(self, retriever: StyleRetriever, config: TrainConfig, accelerator: Accelerator) -> None:
+        """
+        Args:
+            accelerator: where it runs, and with how many processes; `config.precision` is seen to here.
+        """
+        super().__init__()
+        self.retriever, self.config, self.accelerator = retriever, config, accelerator
+        self.discriminator = losses.two_layer(retriever.config.dim, config.discriminator_hidden, 1)
+
+    def terms(self, speech: Tensor, text: Tensor | None, style: Tensor, stage: str) -> dict[str, Tensor]:
+        """The loss terms of a stage.
+
+        Args:
+            speech, text: (B, d) pairs, not normalised; text is None in the stage `classify`.
+            style: (B,) int64 labels, -1 without one.
+        """
+        terms = {"classification": losses.classification(self.retriever.classifier, speech, style)}
+        if stage != "classify":
+            scale = self.retriever.logit_scale
+            logits = losses.similarity(speech, text) * (scale.detach() if self.config.fixed_temperature else scale)
+            terms["contrastive"] = losses.contrastive(self.config.objective, logits, style, self.retriever.bias)
+        if stage == "adversarial":
+            terms["adversarial"] = losses.modality(self.discriminator, speech, text, self.config.adversarial_weight)
+        return terms
+
+    def total(self, terms: dict[str, Tensor]) -> Tensor:
+        """ESR Eq. (5); the adversarial term carries its weight inside the gradient reversal (`losses.modality`)."""
+        weights = {
+            "classification": self.config.classification_weight,
+            "contrastive": self.config.contrastive_weight,
+            "adversarial": 1.0,
+        }
+        return sum(weights[name] * term for name, term in terms.items())
+
+    @torch.no_grad()
+    def evaluate(self, batch: dict, prompts: list[str], stage: str) -> tuple[dict[str, float], int]:
+        """The terms of a batch, of which each process holds a share, and how many clips it has in all."""
+        speech = self._speech(batch)
+        text = None if stage == "classify" else self._text(prompts)
+        terms, size = self._terms(speech, text, batch["style"], stage)
+        return _values(terms), size
+
+    def backward(self, batch: dict, prompts: list[str], stage: str) -> tuple[dict[str, float], int]:
+        """As `evaluate`, and adds the gradient of `total` to every trained parameter, the same in each process.
+
+        Args:
+            batch: this process's share of the batch; may be empty where another's is not.
+            prompts: one a clip.
+        """
+        chunks, states, vectors = _chunks(batch, self.config.chunk_size), [], []
+        for i, chunk in enumerate(chunks):
+            states.append(self._random_state())
+            with torch.set_grad_enabled(i == len(chunks) - 1):  # the last is kept
+                vectors.append(self._speech(chunk))
+        afterwards = self._random_state()
+        speech = torch.cat([part.detach() for part in vectors]).requires_grad_()
+        text = None if stage == "classify" else self._text(prompts)
+        text_leaf = None if text is None else text.detach().requires_grad_()
+        terms, size = self._terms(speech, text_leaf, batch["style"], stage)
+        if not size:
+            return {}, 0
+        self.total(terms).backward()
+        if text is not None and text.requires_grad:
+            text.backward(text_leaf.grad * self.accelerator.num_processes)  # see _average
+        # The last chunk first: its graph is there already, and is gone when the others need the memory.
+        gradients = (speech.grad * self.accelerator.num_processes).split([len(part) for part in vectors])
+        for i in reversed(range(len(chunks))):
+            if not vectors[i].requires_grad and len(vectors[i]):
+                self._restore(states[i])
+                vectors[i] = self._speech(chunks[i])
+            if vectors[i].requires_grad:
+                vectors[i].backward(gradients[i])
+            vectors[i] = vectors[i].detach()
+        self._restore(afterwards)
+        self._average()
+        return _values(terms), size
+
+    def _speech(self, batch: dict) -> Tensor:
+        if not len(batch["style"]):
+            return torch.zeros(0, self.retriever.config.dim, device=self.retriever.device)
+        with torch.autocast(self.retriever.device.type, torch.bfloat16, enabled=self._bf16()):
+            return self.retriever.speech_vectors(batch).float()
+
+    def _bf16(self) -> bool:
+        on_gpu = self.retriever.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return {"auto": on_gpu, "fp32": False, "bf16": True}[self.config.precision]
+
+    def _text(self, prompts: list[str]) -> Tensor:
+        if not prompts:
+            return torch.zeros(0, self.retriever.config.dim, device=self.retriever.device)
+        return self.retriever.text_vectors(prompts)
+
+    def _terms(self, speech: Tensor, text: Tensor | None, style: Tensor, stage: str) -> tuple[dict[str, Tensor], int]:
+        """The terms over all processes' clips: of the others', only the values are known."""
+        speech, style = self._gathered(speech), self._gathered(style.to(speech.device))
+        text = None if text is None else self._gathered(text)
+        return (self.terms(speech, text, style, stage) if len(style) else {}), len(style)
+
+    def _gathered(self, rows: Tensor) -> Tensor:
+        if self.accelerator.num_processes == 1:
+            return rows
+        sizes = self.accelerator.gather(torch.tensor([len(rows)], device=rows.device)).tolist()
+        padding = rows.new_zeros(max(sizes) - len(rows), *rows.shape[1:])
+        everyone = self.accelerator.gather(torch.cat([rows.detach(), padding])).split(max(sizes))
+        parts = [part[:size] for part, size in zip(everyone, sizes, strict=True)] if max(sizes) else [rows]
+        if max(sizes):
+            parts[self.accelerator.process_index] = rows  # ours, with its way back
+        return torch.cat(parts)
+
+    def _average(self) -> None:
+        """Averages the gradients over the processes.
+
+        Each process has the whole gradient of what reads all vectors (classifier, discriminator, temperature), and the
+        share of its own clips, times the number of processes, of what makes them; so the mean is right for both.
+        """
+        if self.accelerator.num_processes == 1:
+            return
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        given = torch.tensor([float(p.grad is not None) for p in trained], device=self.retriever.device)
+        used = [p for p, n in zip(trained, self.accelerator.reduce(given, "sum").tolist(), strict=True) if n]
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in used])
+        mean = self.accelerator.reduce(flat, "mean").split([p.numel() for p in used])
+        for parameter, gradient in zip(used, mean, strict=True):
+            parameter.grad = gradient.view_as(parameter).clone()
+
+    def _random_state(self) -> tuple:
+        """What dropout and masking draw from, so that a chunk run again draws the same."""
+        device = self.retriever.device
+        state = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state()
+        return torch.get_rng_state(), np.random.get_state(), state
+
+    def _restore(self, state: tuple) -> None:
+        torch.set_rng_state(state[0])
+        np.random.set_state(state[1])
+        if state[2] is not None:
+            torch.get_device_module(self.retriever.device).set_rng_state(state[2])
+
+
+def _chunks(batch: dict, size: int) -> list[dict]:
+    """A batch as batches of at most `size` clips (0: as it is), each cut to its longest clip."""
+    count = len(batch["style"])
+    if not size or count <= size:
+        return [batch]
+    chunks = []
+    for start in range(0, count, size):
+        chunk = {key: batch[key][start : start + size] for key in ("pooled", "waveform", "n_samples") if key in batch}
+        chunk["style"] = batch["style"][start : start + size]
+        if "waveform" in chunk:
+            chunk["waveform"] = chunk["waveform"][:, : int(chunk["n_samples"].max())]
+        chunks.append(chunk)
+    return chunks
+
+
+def _values(terms: dict[str, Tensor]) -> dict[str, float]:
+    return {name: float(term.detach()) for name, term in terms.items()}
