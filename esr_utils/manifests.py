@@ -17,7 +17,7 @@ from lhotse import CutSet, MonoCut, MultiCut, Recording
 from lhotse.audio import AudioSource
 
 from esr_utils.audio_files import LENGTH_TOLERANCE_S, AudioError, Header, check_audio, read_header
-from esr_utils.corpora import CorpusError, corpus_folder, prepare
+from esr_utils.corpora import CorpusError, corpus_folder, manifest_file, prepare, reading
 from esr_utils.manifest_schema import (
     COLUMNS,
     NUMERIC,
@@ -192,7 +192,8 @@ def load_corpora(names: str | Sequence[str], data_root: str | Path | None = None
 
     Args:
         names: "ravdess+emodb", or a list. "demo" comes with the project; any other corpus is the folder
-            `<data_root>/<name>`, read from its manifest.csv if it has one, else from its original layout.
+            `<data_root>/<name>`, read from its manifest.csv if it has one, else from its original layout. A variant
+            ("expresso-paper") reads its corpus's folder and has a manifest of its own there.
         data_root: the folder of the corpora; `$ESR_DATA` if None.
     Returns:
         `.attrs["left_out"]` is {corpus: {reason: count}}.
@@ -206,7 +207,7 @@ def load_corpora(names: str | Sequence[str], data_root: str | Path | None = None
     loaded = []
     for name in names:
         folder = corpus_folder(name, data_root)
-        ready = folder / "manifest.csv"
+        ready = folder / manifest_file(name)
         manifest = read_manifest(ready) if ready.is_file() else validate(prepare(name, folder), folder)
         loaded.append(with_root(manifest, folder))
     together = pd.concat(loaded, ignore_index=True)
@@ -218,11 +219,25 @@ def load_corpora(names: str | Sequence[str], data_root: str | Path | None = None
     return together
 
 
+def left_out(manifest: pd.DataFrame) -> pd.DataFrame:
+    """What the corpora of `load_corpora`'s table leave out: corpus, reason and count, the most frequent first.
+
+    Of a corpus that was read from its own manifest nothing is known.
+    """
+    counts = manifest.attrs["left_out"].items()
+    rows = [(corpus, reason, count) for corpus, reasons in counts for reason, count in reasons.items()]
+    return pd.DataFrame(rows, columns=["corpus", "reason", "count"])
+
+
 def write_missing(manifest: pd.DataFrame) -> list[Path]:
-    """Writes manifest.csv into each corpus folder of `load_corpora`'s table that has none; returns those written."""
+    """Writes the manifest of each corpus of `load_corpora`'s table into its folder, where there is none.
+
+    Returns:
+        The files written: `manifest.csv`, and for a variant `manifest_<name>.csv` beside it.
+    """
     written = []
-    for root, part in manifest.groupby("root", sort=False):
-        path = Path(root) / "manifest.csv"
+    for (root, name), part in manifest.groupby(["root", manifest["corpus"].map(manifest_file)], sort=False):
+        path = Path(root) / name
         if not path.exists():
             write_manifest(part.reset_index(drop=True), path)
             written.append(path)
@@ -238,16 +253,39 @@ def statistics(manifest: pd.DataFrame) -> pd.DataFrame:
     return table.assign(hours=table["hours"] / 3600)
 
 
+# Table I of the ESR paper: styles; hours of train, val, test. Its Expresso row is what the published code makes of the
+# corpus ("expresso-paper").
+PAPER_TABLE_ONE = {
+    "iemocap": (9, 12.4, 0.0, 0.0),
+    "esd": (5, 11.4, 0.8, 1.3),
+    "expresso": (19, 36.9, 0.6, 0.6),
+    "Total": (22, 60.7, 1.4, 1.9),
+}
+
+
 def table_one(manifest: pd.DataFrame) -> pd.DataFrame:
     """The form of the ESR paper's Table I: a row per corpus, then "Total".
 
-    `styles` counts the styles that occur; `train`, `val` and `test` are hours.
+    `styles` counts the styles that occur; `train`, `val` and `test` are hours. A corpus of the paper is followed by
+    the paper's own row, named "<corpus> (paper)"; with any of them there is a "Total (paper)" too.
     """
     together = manifest.assign(corpus="Total")
     rows = pd.concat([manifest, together] if len(manifest) else [together])
     groups = rows.groupby("corpus", sort=False)
     hours = groups.apply(lambda part: part.groupby("split")["duration_s"].sum().reindex(SPLITS, fill_value=0.0) / 3600)
-    return pd.concat([groups["style"].agg(_count_named).rename("styles"), hours], axis=1)
+    return _beside_the_paper(pd.concat([groups["style"].agg(_count_named).rename("styles"), hours], axis=1))
+
+
+def _beside_the_paper(table: pd.DataFrame) -> pd.DataFrame:
+    names = [reading(name)[0] for name in table.index]
+    if not set(names[:-1]) & set(PAPER_TABLE_ONE):
+        return table
+    rows: dict[str, tuple] = {}
+    for name, row in zip(names, table.itertuples(), strict=True):
+        rows[row.Index] = tuple(row[1:])
+        if name in PAPER_TABLE_ONE:
+            rows[f"{name} (paper)"] = PAPER_TABLE_ONE[name]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=table.columns).rename_axis(table.index.name)
 
 
 def _count_named(names: pd.Series) -> int:

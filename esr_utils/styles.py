@@ -4,14 +4,15 @@ Kang & Roy, "Expressive Speech Retrieval using Natural Language Descriptions of 
 22 styles out of three corpora (section IV-A.1); 11 templates and, for each style, its label and 5 phrases to
 put in them (IV-A.2). Our words are our own, in `data_manifests/prompts.json`, and include a held-out set.
 
-A leaf module: it imports nothing of the package.
+A leaf module: of the package it imports `runs` alone, to write a bank.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from string import Formatter
@@ -20,7 +21,10 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
+from esr_utils import runs
+
 Prompts = Literal["seen", "held_out"]
+Entry = tuple[str, Prompts, str]  # style, set, and a label or phrase of it
 
 PROMPTS_PATH = Path(__file__).resolve().parents[1] / "data_manifests" / "prompts.json"
 
@@ -36,6 +40,45 @@ STYLES: tuple[str, ...] = (
 # corpus → the corpus's own label → style. A label that is not here has no style.
 CORPUS_STYLES: dict[str, dict[str, str]] = {
     "demo": {style: style for style in STYLES},
+    "iemocap": {
+        "ang": "angry",
+        "hap": "happy",
+        "exc": "excited",
+        "sad": "sad",
+        "neu": "neutral",
+        "fru": "frustrated",
+        "fea": "fearful",
+        "sur": "surprised",
+        "dis": "disgusted",
+    },
+    "esd": {
+        "Angry": "angry",
+        "Happy": "happy",
+        "Neutral": "neutral",
+        "Sad": "sad",
+        "Surprise": "surprised",
+    },
+    "expresso": {
+        "angry": "angry",
+        "awe": "awe",
+        "bored": "bored",
+        "calm": "calm",
+        "confused": "confused",
+        "default": "neutral",
+        "desire": "desire",
+        "disgusted": "disgusted",
+        "enunciated": "enunciated",
+        "fast": "fast",
+        "fearful": "fearful",
+        "happy": "happy",
+        "laughing": "laughing",
+        "projected": "projected",
+        "sad": "sad",
+        "sarcastic": "sarcastic",
+        "sleepy": "sleepy",
+        "sympathetic": "sympathetic",
+        "whisper": "whispered",
+    },
     "ravdess": {
         "neutral": "neutral",
         "calm": "calm",
@@ -112,7 +155,7 @@ def _stem(word: str) -> str:
     return word[:-1] + "y" if word.endswith("i") else word  # "hurried" → "hurri" → "hurry"
 
 
-def _stems(phrase: str) -> set[str]:
+def stems(phrase: str) -> set[str]:
     """Stems of the words of a phrase that carry its meaning."""
     return {_stem(word) for word in re.findall(r"[^\W\d_]+", phrase.casefold()) if word not in _FILLERS}
 
@@ -141,9 +184,11 @@ class PromptBank:
     held_out_phrases: dict[str, tuple[str, ...]]
     templates: tuple[str, ...]
     held_out_templates: tuple[str, ...]
+    about: tuple[str, ...] = field(default=(), compare=False)  # lines for the reader of the file; no rule, no prompt
 
     def __post_init__(self) -> None:
-        if problems := self._style_problems() or self._phrase_problems() + self._template_problems():
+        problems = self._style_problems() or phrase_problems(self._entries())
+        if problems := problems + template_problems(self.templates, self.held_out_templates):
             raise ValueError("prompt bank: " + "; ".join(problems))
 
     @classmethod
@@ -155,25 +200,49 @@ class PromptBank:
             ValueError: not JSON; a key missing, unknown or given twice; or a rule broken (see the class).
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
-            _expect_keys("the file", data, {"version", "about", "templates", "styles"})
+            data = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
+            expect_keys("the file", data, {"version", "about", "templates", "styles"})
             if not isinstance(data["version"], int) or data["version"] < 1:
                 raise ValueError(f"version is {data['version']!r}; it must be a whole number from 1")
-            _expect_keys("templates", data["templates"], {"seen", "held_out"})
-            _expect_keys("styles", data["styles"], set(STYLES))
+            expect_keys("templates", data["templates"], {"seen", "held_out"})
+            expect_keys("styles", data["styles"], set(STYLES))
             for style, entry in data["styles"].items():
-                _expect_keys(f"style {style}", entry, {"label", "phrases", "held_out"})
+                expect_keys(f"style {style}", entry, {"label", "phrases", "held_out"})
             styles, templates = data["styles"], data["templates"]
             return cls(
                 version=data["version"],
                 labels={style: entry["label"] for style, entry in styles.items()},
-                phrases={style: _strings(style, entry["phrases"]) for style, entry in styles.items()},
-                held_out_phrases={style: _strings(style, entry["held_out"]) for style, entry in styles.items()},
-                templates=_strings("templates", templates["seen"]),
-                held_out_templates=_strings("templates", templates["held_out"]),
+                phrases={style: strings(style, entry["phrases"]) for style, entry in styles.items()},
+                held_out_phrases={style: strings(style, entry["held_out"]) for style, entry in styles.items()},
+                templates=strings("templates", templates["seen"]),
+                held_out_templates=strings("templates", templates["held_out"]),
+                about=strings("about", data["about"]),
             )
         except ValueError as error:  # a JSONDecodeError is one
             raise ValueError(f"{path}: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Writes the bank so that `load` reads it again; a file that already holds these words is left as it is.
+
+        Raises:
+            FileExistsError: the file holds another bank, or is the project's own: runs may refer to it.
+            ValueError: the file is there and is no bank.
+        """
+        path = Path(path)
+        if path.resolve() == PROMPTS_PATH.resolve():
+            raise FileExistsError(f"{path} is the project's own bank, which is never written: choose another file")
+        if path.exists():
+            if PromptBank.load(path) != self:
+                raise FileExistsError(
+                    f"{path} holds another bank, and runs may refer to it: choose another folder, or delete that file"
+                )
+            return
+        runs.write_json(path, {"version": self.version, "about": list(self.about), **self._words()})
+
+    @property
+    def sha256(self) -> str:
+        """Hex sha256 of all templates, labels and phrases in their order: equal where all prompts are."""
+        return runs.text_sha256(json.dumps(self._words(), ensure_ascii=False, separators=(",", ":")))
 
     def sample(self, style: str, rng: np.random.Generator, augment: bool = True) -> str:
         """One training prompt: a template and one of label and phrases, each drawn uniformly.
@@ -221,14 +290,40 @@ class PromptBank:
         and sad" blur two styles), and leaves the verdict to the reader. One row per pair and stem: `kind` is
         "two styles", or "held out" where a held-out phrase shares a word with a training one of its style.
         """
-        rows = []
-        words = [(*entry, _stems(entry[-1])) for entry in self._entries()]
-        for (style, kind, phrase, stems), (other_style, other_kind, other, others) in combinations(words, 2):
-            if style == other_style and kind == other_kind:
-                continue  # phrases of one style may share a word
-            clash = "held out" if style == other_style else "two styles"
-            rows += [(clash, stem, style, phrase, other_style, other) for stem in sorted(stems & others)]
-        return pd.DataFrame(rows, columns=["kind", "stem", "style", "phrase", "other_style", "other_phrase"])
+        return phrase_clashes(self._entries())
+
+    def differences(self, other: PromptBank) -> pd.DataFrame:
+        """What training prompts this bank and another one share: a row per style, and one for the templates.
+
+        Columns: of (style or "templates"), both, here (in this bank only), there (in the other one only).
+        """
+        pairs = [(style, self.phrases[style], other.phrases[style]) for style in STYLES]
+        rows = [
+            (
+                of,
+                [w for w in ours if w in theirs],
+                [w for w in ours if w not in theirs],
+                [w for w in theirs if w not in ours],
+            )
+            for of, ours, theirs in [*pairs, ("templates", self.templates, other.templates)]
+        ]
+        return pd.DataFrame(
+            [(of, *map("; ".join, parts)) for of, *parts in rows], columns=["of", "both", "here", "there"]
+        )
+
+    def _words(self) -> dict[str, dict]:
+        """All that decides the prompts, in the file's layout."""
+        return {
+            "templates": {"seen": list(self.templates), "held_out": list(self.held_out_templates)},
+            "styles": {
+                style: {
+                    "label": self.labels[style],
+                    "phrases": list(self.phrases[style]),
+                    "held_out": list(self.held_out_phrases[style]),
+                }
+                for style in STYLES
+            },
+        }
 
     def _check_style(self, style: str) -> None:
         if style not in self.labels:
@@ -238,8 +333,8 @@ class PromptBank:
         self._check_style(style)
         return (self.labels[style], *self.phrases[style])
 
-    def _entries(self) -> list[tuple[str, Prompts, str]]:
-        """(style, set, phrase) of everything that can fill a template."""
+    def _entries(self) -> list[Entry]:
+        """Everything that can fill a template."""
         return [(style, "seen", word) for style in STYLES for word in self._seen_words(style)] + [
             (style, "held_out", word) for style in STYLES for word in self.held_out_phrases[style]
         ]
@@ -253,49 +348,68 @@ class PromptBank:
             problems += [f"{name}: style {style!r} has none" for style in given if not given[style]]
         return problems
 
-    def _phrase_problems(self) -> list[str]:
-        problems, first = [], {}
-        for style, kind, phrase in self._entries():
-            if not isinstance(phrase, str) or not phrase.strip() or phrase != phrase.strip():
-                problems.append(f"style {style!r}: {phrase!r} is not a phrase")
-                continue
-            other_style, other_kind = first.get(_same(phrase), (None, None))
-            if other_style is None:
-                first[_same(phrase)] = (style, kind)
-            elif other_style != style:
-                problems.append(f"phrase {phrase!r} is given to both {other_style!r} and {style!r}")
-            elif other_kind != kind:
-                problems.append(f"style {style!r}: held-out phrase {phrase!r} is also a training phrase")
-            else:
-                problems.append(f"style {style!r}: phrase {phrase!r} is given twice")
-        return problems
 
-    def _template_problems(self) -> list[str]:
-        problems = [] if FIXED_TEMPLATE in self.templates else [f"the template {FIXED_TEMPLATE!r} is missing"]
-        if not self.held_out_templates:
-            problems.append("there is no held-out template")
-        seen: dict[str, str] = {}
-        for kind, templates in (("training", self.templates), ("held-out", self.held_out_templates)):
-            for template in templates:
-                if reason := _template_problem(template):
-                    problems.append(f"{kind} template {template!r} {reason}")
-                if (earlier := seen.setdefault(_same(template), kind)) != kind:
-                    problems.append(f"held-out template {template!r} is also a {earlier} template")
-            if len({_same(template) for template in templates}) < len(templates):
-                problems.append(f"a {kind} template is given twice")
-        return problems
+def phrase_problems(entries: Iterable[Entry]) -> list[str]:
+    """Why phrases cannot be in one bank: no phrase at all, given to two styles or twice, or held out and trained on."""
+    problems, first = [], {}
+    for style, kind, phrase in entries:
+        if not isinstance(phrase, str) or not phrase.strip() or phrase != phrase.strip():
+            problems.append(f"style {style!r}: {phrase!r} is not a phrase")
+            continue
+        other_style, other_kind = first.get(_same(phrase), (None, None))
+        if other_style is None:
+            first[_same(phrase)] = (style, kind)
+        elif other_style != style:
+            problems.append(f"phrase {phrase!r} is given to both {other_style!r} and {style!r}")
+        elif other_kind != kind:
+            problems.append(f"style {style!r}: held-out phrase {phrase!r} is also a training phrase")
+        else:
+            problems.append(f"style {style!r}: phrase {phrase!r} is given twice")
+    return problems
+
+
+def phrase_clashes(entries: Iterable[Entry]) -> pd.DataFrame:
+    """`PromptBank.clashes` of any phrases."""
+    rows = []
+    words = [(*entry, stems(entry[-1])) for entry in entries]
+    for (style, kind, phrase, its), (other_style, other_kind, other, others) in combinations(words, 2):
+        if style == other_style and kind == other_kind:
+            continue  # phrases of one style may share a word
+        clash = "held out" if style == other_style else "two styles"
+        rows += [(clash, stem, style, phrase, other_style, other) for stem in sorted(its & others)]
+    return pd.DataFrame(rows, columns=["kind", "stem", "style", "phrase", "other_style", "other_phrase"])
+
+
+def template_problems(training: Sequence[str], held_out: Sequence[str]) -> list[str]:
+    """Why templates cannot be in one bank: a placeholder amiss, the fixed one missing, one given twice or to both."""
+    problems = [] if FIXED_TEMPLATE in training else [f"the template {FIXED_TEMPLATE!r} is missing"]
+    if not held_out:
+        problems.append("there is no held-out template")
+    seen: dict[str, str] = {}
+    for kind, templates in (("training", training), ("held-out", held_out)):
+        for template in templates:
+            if reason := _template_problem(template):
+                problems.append(f"{kind} template {template!r} {reason}")
+            if (earlier := seen.setdefault(_same(template), kind)) != kind:
+                problems.append(f"held-out template {template!r} is also a {earlier} template")
+        if len({_same(template) for template in templates}) < len(templates):
+            problems.append(f"a {kind} template is given twice")
+    return problems
 
 
 def _template_problem(template: str) -> str:
     """Why a template cannot be used, or nothing."""
     try:
-        fields = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
+        parts = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
     except ValueError as error:  # an unbalanced brace
         return f"is malformed ({error})"
+    fields = [name for name, _, _ in parts]
     if fields.count("style") != 1:
         return "must hold the placeholder {style} once"
     if unknown := set(fields) - {"style", "a", "A"}:
         return f"has an unknown placeholder {{{sorted(unknown)[0]}}}"
+    if any(form or conversion for _, form, conversion in parts):
+        return "has a placeholder with a format in it"
     if re.search(r"\{a\}(?! \{style\})", template, re.IGNORECASE):
         return "must have {a} or {A} right before {style}"
     if re.search(r"\ban? \{style\}", template, re.IGNORECASE):
@@ -303,7 +417,7 @@ def _template_problem(template: str) -> str:
     return ""
 
 
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """Left alone, json keeps the last of two equal keys: a style pasted twice would overwrite the first."""
     keys = [key for key, _ in pairs]
     if twice := sorted({key for key in keys if keys.count(key) > 1}):
@@ -311,7 +425,7 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return dict(pairs)
 
 
-def _expect_keys(where: str, given: object, expected: set[str]) -> None:
+def expect_keys(where: str, given: object, expected: set[str]) -> None:
     if not isinstance(given, dict):
         raise ValueError(f"{where}: {given!r} must be an object with the keys {', '.join(sorted(expected))}")
     wrong = [f"{key!r} is missing" for key in sorted(expected - set(given))]
@@ -320,7 +434,7 @@ def _expect_keys(where: str, given: object, expected: set[str]) -> None:
         raise ValueError(f"{where}: {', '.join(wrong)}")
 
 
-def _strings(where: str, given: object) -> tuple[str, ...]:
+def strings(where: str, given: object) -> tuple[str, ...]:
     # A lone string would silently become a tuple of letters.
     if not isinstance(given, list) or not all(isinstance(item, str) for item in given):
         raise ValueError(f"{where}: {given!r} must be a list of strings")

@@ -388,6 +388,23 @@ def test_statistics_by_hand() -> None:
     assert paper.loc["Total"].tolist() == pytest.approx([2, 1.25, 0.2, 0.1])
 
 
+def test_table_one_names_the_paper_s_rows_as_such() -> None:
+    cells = {"corpus": "esd", "utterance_id": "esd/0", "style": "sad", "duration_s": 1800.0}
+    table = table_one(pd.DataFrame([row(0, **cells), row(1, duration_s=360.0)]))
+    assert table.index.tolist() == ["esd", "esd (paper)", "mine", "Total", "Total (paper)"]
+    assert table.loc["esd"].tolist() == pytest.approx([1, 0.5, 0, 0])
+    assert table.loc["esd (paper)"].tolist() == [5, 11.4, 0.8, 1.3]
+    assert table.loc["Total"].tolist() == pytest.approx([2, 0.6, 0, 0])  # without the paper's
+
+
+def test_left_out_is_a_table() -> None:
+    table = pd.DataFrame([row(0)])
+    table.attrs["left_out"] = {"one": {"is not there": 3, "a song": 1}, "two": {}}
+    assert manifests.left_out(table).to_numpy().tolist() == [["one", "is not there", 3], ["one", "a song", 1]]
+    table.attrs["left_out"] = {"two": {}}
+    assert manifests.left_out(table).columns.tolist() == ["corpus", "reason", "count"]
+
+
 # --- corpora by name
 
 

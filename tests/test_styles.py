@@ -43,7 +43,8 @@ def test_every_corpus_label_leads_to_a_known_style():
     table = style_table()
     assert set(table["style"]) <= set(STYLES)
     assert len(table) == sum(len(labels) for labels in CORPUS_STYLES.values())
-    assert table.groupby("corpus").size().to_dict() == {"demo": 22, "ravdess": 8, "emodb": 7, "nemo": 6}
+    sizes = {"demo": 22, "iemocap": 9, "esd": 5, "expresso": 19, "ravdess": 8, "emodb": 7, "nemo": 6}
+    assert table.groupby("corpus").size().to_dict() == sizes
     assert not table.duplicated(["corpus", "style"]).any()  # no corpus of these has two labels for one style
 
 
@@ -265,6 +266,9 @@ def _set(*keys_and_value):
         (_set("templates", "seen", 1, "{a} rather {style} voice."), r"must have \{a\} or \{A\} right before"),
         (_set("templates", "seen", 1, "{style} {mood}"), r"unknown placeholder \{mood\}"),
         (_set("templates", "seen", 1, "{style"), "is malformed"),
+        (_set("templates", "seen", 1, "{style:>9} words."), "has a placeholder with a format in it"),
+        (_set("templates", "seen", 1, "{style!r} words."), "has a placeholder with a format in it"),
+        (_set("about", "words"), "about: 'words' must be a list of strings"),
         (_set("templates", "seen", 0, "Talk that is {style}."), "'Speech that is {style}.' is missing"),
         (_set("templates", "held_out", 0, "speech that is {style}"), "is also a training template"),
         (_set("templates", "seen", 1, "Speech that is {style}."), "a training template is given twice"),
@@ -336,3 +340,73 @@ def test_clashes_ignore_small_words_and_words_shared_within_training_of_one_styl
     assert any("and" in phrase.split() for phrase in bank.phrases["sad"])
     changed = replace(bank, phrases={**bank.phrases, "sad": (*bank.phrases["sad"], "tearful and low")})
     assert changed.clashes().empty
+
+
+# --- writing ---
+
+
+def test_a_saved_bank_is_read_again_with_its_about(bank, tmp_path):
+    other = replace(bank, version=3, about=("Écrit à la main.",), held_out_templates=bank.held_out_templates[:2])
+    other.save(tmp_path / "new" / "prompts.json")
+    read = PromptBank.load(tmp_path / "new" / "prompts.json")
+    assert read == other and read.about == ("Écrit à la main.",) and read.sha256 == other.sha256
+    assert set(read.held_out_templates) == set(bank.held_out_templates[:2])
+    shipped = json.loads(PROMPTS_PATH.read_text(encoding="utf-8"))
+    bank.save(tmp_path / "copy.json")
+    assert json.loads((tmp_path / "copy.json").read_text(encoding="utf-8")) == shipped
+
+
+def test_a_bank_is_never_overwritten_by_another(bank, tmp_path):
+    path = tmp_path / "prompts.json"
+    bank.save(path)
+    before = path.read_bytes(), path.stat().st_mtime_ns
+    replace(bank, about=("the same words",)).save(path)
+    with pytest.raises(FileExistsError, match="prompts.json holds another bank, and runs may refer to it"):
+        replace(bank, templates=bank.templates[:-1]).save(path)
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == before
+    path.write_text("notes")
+    with pytest.raises(ValueError, match="prompts.json"):
+        bank.save(path)
+    assert path.read_text() == "notes"
+
+
+def test_the_projects_own_bank_is_never_written(bank, tmp_path):
+    before = PROMPTS_PATH.read_bytes(), PROMPTS_PATH.stat().st_mtime_ns
+    (tmp_path / "link.json").symlink_to(PROMPTS_PATH)
+    for path in (PROMPTS_PATH, tmp_path / "link.json"):
+        with pytest.raises(FileExistsError, match="the project's own bank, which is never written"):
+            bank.save(path)
+    assert (PROMPTS_PATH.read_bytes(), PROMPTS_PATH.stat().st_mtime_ns) == before
+
+
+def test_the_hash_of_a_bank_is_that_of_its_prompts(bank):
+    assert re.fullmatch(r"[0-9a-f]{64}", bank.sha256)
+    assert replace(bank, about=("else",), version=9).sha256 == bank.sha256
+    backwards = dict(reversed(bank.labels.items()))
+    assert replace(bank, labels=backwards).sha256 == bank.sha256
+    changed = (
+        replace(bank, templates=bank.templates[::-1]),  # drawn by place, so the order counts
+        replace(bank, held_out_templates=bank.held_out_templates[1:]),
+        replace(bank, labels={**bank.labels, "awe": "awing"}),
+        replace(bank, phrases={**bank.phrases, "sad": bank.phrases["sad"][:4]}),
+        replace(bank, held_out_phrases={**bank.held_out_phrases, "sad": ("weeping",)}),
+    )
+    assert len({bank.sha256, *(other.sha256 for other in changed)}) == 6
+
+
+def test_differences_of_two_banks(bank):
+    other = replace(
+        bank,
+        phrases={**bank.phrases, "sad": ("tearful", "low-spirited")},
+        templates=(*bank.templates[:-1], "Hear this: {style}."),
+    )
+    table = other.differences(bank).set_index("of")
+    assert list(table.index) == [*STYLES, "templates"]
+    assert table.loc["sad"].to_list() == [
+        "tearful",
+        "low-spirited",
+        "sorrowful; mournful; melancholy and gloomy; heartbroken",
+    ]
+    assert table.loc["templates", ["here", "there"]].to_list() == ["Hear this: {style}.", bank.templates[-1]]
+    assert (table.drop(index=["sad", "templates"])[["here", "there"]] == "").all().all()
+    assert table.loc["calm", "both"] == "; ".join(bank.phrases["calm"])
