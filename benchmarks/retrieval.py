@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from esr_utils import evaluation, manifests, runs, tables, training
+from esr_utils import controls, evaluation, manifests, runs, tables, training
 from esr_utils.config import TrainConfig
 
 SEEDS = (0, 1, 2)
@@ -63,7 +63,7 @@ def both_corpora() -> None:
         if level == "normalised":
             path = FOLDER / "controls.json"
             if not path.is_file():
-                runs.write_json(path, {k: v for c in CORPORA[:2] for k, v in evaluation.controls(clips, c).items()})
+                runs.write_json(path, {k: v for c in CORPORA[:2] for k, v in controls.simple_cues(clips, c).items()})
             merged |= json.loads(path.read_text())
         show(f"Trained on RAVDESS + EmoDB, level {level}, mean of seeds 0-2", tables.headline(merged))
         show(f"Over the whole collection, level {level}", tables.collection(merged))

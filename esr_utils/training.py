@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -23,7 +24,7 @@ from tqdm.auto import tqdm
 
 from esr_utils import batches, checkpoints, embedding, runs, weights
 from esr_utils.config import SAMPLE_RATE, ConfigError, ModelConfig, TrainConfig
-from esr_utils.corpora import DEMO_FOLDER
+from esr_utils.corpora import DEMO_FOLDER, reading
 from esr_utils.losses import NO_STYLE
 from esr_utils.manifests import load_corpora, to_cuts
 from esr_utils.objective import Objective
@@ -44,6 +45,7 @@ def fit(
     config: TrainConfig | None = None,
     device: str = "auto",
     cache: Path = embedding.CACHE,
+    processes: int = 1,
 ) -> StyleRetriever:
     """Trains on the manifest's train split, chooses on its val split, and returns the best retriever.
 
@@ -55,17 +57,32 @@ def fit(
         manifest: rows of `manifests.load_corpora`, with their `root`.
         run: name or path of the run folder.
         device: auto, cpu, cuda or mps.
+        processes: how many share each batch, one a GPU; the loss and its gradients are those of the whole batch. From
+            a shell the same is `accelerate launch --multi_gpu --num_processes N -m esr_utils.training RUN`, which goes
+            on with a run that was begun.
 
     Raises:
         RunExists: the folder holds a run with other settings.
         ValueError: no usable training clip.
+        RuntimeError: one of several processes has failed.
     """
     model_config, config = model_config or ModelConfig(), config or TrainConfig.demo()
     folder = runs.run_folder(run)
     begin(manifest, folder, model_config, config)
-    trainer = _Trainer(manifest, folder, model_config, config, device, cache)
-    trainer.run()
-    return StyleRetriever.load(folder / "best", trainer.accelerator.device)
+    if processes > 1:
+        _launch(folder, device, cache, processes)
+    else:
+        _Trainer(manifest, folder, model_config, config, device, cache).run()
+    return StyleRetriever.load(folder / "best", runs.pick_device(device))
+
+
+def _launch(folder: Path, device: str, cache: Path, processes: int) -> None:
+    """`go_on` in several processes, as accelerate's launcher starts them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = os.environ | ({"ACCELERATE_USE_CPU": "true"} if device == "cpu" else {})
+    command += ["-m", "esr_utils.training", str(folder), device, str(cache)]
+    if status := subprocess.run(command, env=environment).returncode:
+        raise RuntimeError(f"training {folder} by {processes} processes ended with status {status}; see their messages")
 
 
 def load_run(run: str | Path = runs.DEFAULT_RUN, device: str = "auto") -> tuple[StyleRetriever, dict]:
@@ -83,11 +100,8 @@ def load_run(run: str | Path = runs.DEFAULT_RUN, device: str = "auto") -> tuple[
     return model, runs.read_json(folder / "config.json")
 
 
-def go_on(run: str | Path, device: str = "auto") -> StyleRetriever:
-    """`fit` with all settings from the config.json of a run folder that was begun, as by 03_train with `begin_only`.
-
-    On several GPUs: `accelerate launch --num_processes N -m esr_utils.training RUN`. The batch is then shared out, and
-    the loss and its gradients are those of the whole batch.
+def go_on(run: str | Path, device: str = "auto", cache: Path = embedding.CACHE) -> StyleRetriever:
+    """`fit` with all settings from the config.json of a run that was begun.
 
     Raises:
         weights.WeightsError: no such run.
@@ -100,7 +114,7 @@ def go_on(run: str | Path, device: str = "auto") -> StyleRetriever:
     roots = [Path(root).parent for root in settings["roots"] if Path(root) != DEMO_FOLDER]
     manifest = load_corpora(settings["corpora"], next(iter(roots), None))
     configs = ModelConfig.from_dict(settings["model"]), TrainConfig.from_dict(settings["training"])
-    return fit(manifest, folder, *configs, device)
+    return fit(manifest, folder, *configs, device, cache)
 
 
 def begin(manifest: pd.DataFrame, run: str | Path, model_config: ModelConfig, config: TrainConfig) -> None:
@@ -108,17 +122,21 @@ def begin(manifest: pd.DataFrame, run: str | Path, model_config: ModelConfig, co
 
     Raises:
         RunExists: the folder holds a run with other settings.
+        ConfigError: one corpus in two readings (expresso+expresso-paper).
     """
     folder = runs.run_folder(run)
+    corpora = [reading(corpus)[0] for corpus in manifest["corpus"].unique()]
+    if twice := sorted({corpus for corpus in corpora if corpora.count(corpus) > 1}):
+        raise ConfigError(f"corpora: {', '.join(twice)} in two readings: what is test in one is train in the other")
     split = manifest["split"].value_counts()
     decisive = ["utterance_id", "path", "start_s", "end_s", "channel", "split", "style", "caption"]
     settings = {
         "model": model_config.to_dict(),
         "training": config.to_dict(),
-        "corpora": sorted(manifest["corpus"].unique()),
+        "corpora": manifest["corpus"].unique().tolist(),
         "roots": sorted(manifest["root"].unique()),
         "clips": {name: int(split.get(name, 0)) for name in ("train", "val", "test")},
-        "prompts_sha256": weights.file_sha256(Path(config.prompt_bank or PROMPTS_PATH)),
+        "prompts_sha256": PromptBank.load(config.prompt_bank or PROMPTS_PATH).sha256,
         "manifest_sha256": runs.text_sha256(manifest[decisive].to_csv(index=False)),
     }
     path = folder / "config.json"
@@ -348,5 +366,5 @@ class _Mean:
         return {name: total / self.count[name] for name, total in self.sums.items()}
 
 
-if __name__ == "__main__":  # accelerate launch --num_processes 2 -m esr_utils.training runs/esr
-    go_on(sys.argv[1])
+if __name__ == "__main__":  # accelerate launch --multi_gpu --num_processes 2 -m esr_utils.training RUN
+    go_on(sys.argv[1], *sys.argv[2:3], *map(Path, sys.argv[3:4]))

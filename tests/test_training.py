@@ -73,8 +73,8 @@ def model_config(tiny_config) -> ModelConfig:
 def train(manifest, model_config, cache, tmp_path):
     """Runs `fit` on "mini" in the folder of that name, with some settings changed."""
 
-    def run(name: str, rows: pd.DataFrame = manifest, model: ModelConfig = model_config, **changes):
-        return fit(rows, tmp_path / name, model, CONFIG.but(**changes), device="cpu", cache=cache)
+    def run(name: str, rows: pd.DataFrame = manifest, model: ModelConfig = model_config, processes: int = 1, **changes):
+        return fit(rows, tmp_path / name, model, CONFIG.but(**changes), "cpu", cache, processes)
 
     run.folder = tmp_path
     return run
@@ -733,18 +733,28 @@ def test_another_bank_of_prompts_is_another_run(train, tmp_path):
         train("other", epochs=1, prompt_bank=str(tmp_path / "bank.json"))
 
 
-def test_a_run_that_was_begun_is_trained_by_two_processes_as_by_one(manifest, tiny_config, data_root, tmp_path):
-    """As `accelerate launch -m esr_utils.training RUN` does it, with gloo."""
-    config = CONFIG.but(epochs=4, classify_epochs=1, align_epochs=1, finetune="full", learning_rate=1e-4)
-    training.begin(manifest, tmp_path / "two", tiny_config, config)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    environment = os.environ | {"PYTHONPATH": str(runs.PROJECT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command += ["esr_utils.training", str(tmp_path / "two")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    fit(manifest, tmp_path / "one", tiny_config, config, device="cpu")
-    assert_near(lines(tmp_path / "two"), lines(tmp_path / "one"))
-    assert list(StyleRetriever.load(tmp_path / "two" / "best").state_dict())
+def test_one_corpus_in_two_readings_is_refused(train, manifest):
+    rows = manifest.assign(corpus=["expresso", "expresso-paper"] * 16 + ["esd"])
+    with pytest.raises(ConfigError, match="expresso in two readings"):
+        train("run", rows)
+    assert not (train.folder / "run").exists()
+
+
+def test_two_processes_train_the_run_of_one(train, tiny_config, monkeypatch):
+    """Another process goes on with a run that was begun; it finds the package and as many threads as here."""
+    options = {"finetune": "full", "epochs": 4, "classify_epochs": 1, "align_epochs": 1, "learning_rate": 1e-4}
+    monkeypatch.setenv("PYTHONPATH", str(runs.PROJECT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    train("two", model=tiny_config, processes=2, **options)
+    train("one", model=tiny_config, **options)
+    assert_near(lines(train.folder / "two"), lines(train.folder / "one"))
+    assert "processes" not in runs.read_json(train.folder / "two" / "config.json")["training"]
+
+
+def test_processes_that_fail_are_told(train, monkeypatch):
+    monkeypatch.setattr(training.sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="by 2 processes ended with status 1"):
+        train("run", processes=2, epochs=1)
 
 
 def test_a_run_that_was_never_begun_cannot_go_on(tmp_path):
