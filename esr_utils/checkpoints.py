@@ -31,16 +31,16 @@ class Progress:
 
 
 def write(folder: Path, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Writes the state at the end of an epoch, and deletes that of the one before."""
-    before, progress.state = progress.state, f"resume-{progress.epoch}.safetensors"
+    """Writes the state at the end of an epoch, and deletes older ones."""
+    progress.state = f"resume-{progress.epoch}.safetensors"
     tensors = {f"model.{name}": value for name, value in _trained(model).items()}
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in moments.items()}
     with runs.atomic_path(folder / progress.state) as temporary:
         save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, temporary)
     runs.write_json(folder / "resume.json", vars(progress))
-    if before:
-        (folder / before).unlink(missing_ok=True)
+    for older in set(folder.glob("resume-*.safetensors")) - {folder / progress.state}:
+        older.unlink()
 
 
 def read(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:

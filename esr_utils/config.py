@@ -6,6 +6,7 @@ with frozen backbones. Units stand in the comments.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal, Self, get_args
 
@@ -16,6 +17,9 @@ Finetune = Literal["frozen", "full"]
 Objective = Literal["infonce", "multi-positive", "hard-negative", "sigmoid", "classifier"]
 Precision = Literal["auto", "fp32", "bf16"]
 Pooling = Literal["mean", "stats"]
+
+
+_NUMBER = {"int": "a whole number", "float": "a number"}
 
 
 class ConfigError(ValueError):
@@ -30,6 +34,17 @@ class _Config:
             allowed = get_args(choice)
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
+
+    def _check_numbers(self) -> None:
+        """Every number is finite and not negative; whole where it is declared so."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type not in ("int", "float"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int if field.type == "int" else (int, float)):
+                raise ConfigError(f"{field.name} is {value!r}; it must be {_NUMBER[field.type]}")
+            if not 0 <= value < math.inf:
+                raise ConfigError(f"{field.name} is {value!r}; it must be finite and at least 0")
 
     def _check_positive(self, *names: str) -> None:
         for name in names:
@@ -71,6 +86,7 @@ class ModelConfig(_Config):
 
     def __post_init__(self) -> None:
         self._check_choices(pooling=Pooling)
+        self._check_numbers()
         self._check_positive("dim", "classifier_hidden", "temperature")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout!r}; it must be at least 0 and below 1")
@@ -121,10 +137,15 @@ class TrainConfig(_Config):
 
     def __post_init__(self) -> None:
         self._check_choices(objective=Objective, finetune=Finetune, level=Level, precision=Precision)
+        self._check_numbers()
         self._check_positive("epochs", "batch_size", "crop_s", "learning_rate", "discriminator_learning_rate")
         self._check_positive("discriminator_hidden", "layer_decay")
-        if self.chunk_size < 0:
-            raise ConfigError(f"chunk_size is {self.chunk_size!r}; it must be 0 (the whole batch) or above")
+        if self.layer_decay > 1:
+            raise ConfigError(f"layer_decay is {self.layer_decay!r}; it must be at most 1")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas is {self.betas!r}; both must be at least 0 and below 1")
+        if isinstance(self.held_out_styles, str):
+            raise ConfigError(f"held_out_styles is {self.held_out_styles!r}; it must be a list of styles")
         if self.objective == "classifier" and not self.classification_weight > 0:
             raise ConfigError("objective is 'classifier' with a classification_weight of 0: nothing would be trained")
 

@@ -9,6 +9,8 @@ processes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -17,6 +19,8 @@ from torch import Tensor, nn
 from esr_utils import losses
 from esr_utils.config import TrainConfig
 from esr_utils.retriever import StyleRetriever
+
+Values = dict[str, tuple[float, int]]  # term -> its mean, and over how many clips
 
 
 class Objective(nn.Module):
@@ -57,19 +61,21 @@ class Objective(nn.Module):
         return sum(weights[name] * term for name, term in terms.items())
 
     @torch.no_grad()
-    def evaluate(self, batch: dict, prompts: list[str], stage: str) -> tuple[dict[str, float], int]:
-        """The terms of a batch, of which each process holds a share, and how many clips it has in all."""
-        speech = self._speech(batch)
+    def evaluate(self, batch: dict, prompts: list[str], stage: str) -> Values:
+        """The terms of a batch, of which each process holds a share."""
+        speech = torch.cat([self._speech(chunk) for chunk in _chunks(batch, self.config.chunk_size)])
         text = None if stage == "classify" else self._text(prompts)
-        terms, size = self._terms(speech, text, batch["style"], stage)
-        return _values(terms), size
+        return _values(*self._terms(speech, text, batch["style"], stage))
 
-    def backward(self, batch: dict, prompts: list[str], stage: str) -> tuple[dict[str, float], int]:
+    def backward(self, batch: dict, prompts: list[str], stage: str) -> Values:
         """As `evaluate`, and adds the gradient of `total` to every trained parameter, the same in each process.
 
         Args:
             batch: this process's share of the batch; may be empty where another's is not.
             prompts: one a clip.
+
+        Returns:
+            The terms; none, and no gradient, where no process has a clip.
         """
         chunks, states, vectors = _chunks(batch, self.config.chunk_size), [], []
         for i, chunk in enumerate(chunks):
@@ -80,9 +86,9 @@ class Objective(nn.Module):
         speech = torch.cat([part.detach() for part in vectors]).requires_grad_()
         text = None if stage == "classify" else self._text(prompts)
         text_leaf = None if text is None else text.detach().requires_grad_()
-        terms, size = self._terms(speech, text_leaf, batch["style"], stage)
-        if not size:
-            return {}, 0
+        terms, style = self._terms(speech, text_leaf, batch["style"], stage)
+        if not terms:
+            return {}
         self.total(terms).backward()
         if text is not None and text.requires_grad:
             text.backward(text_leaf.grad * self.accelerator.num_processes)  # see _average
@@ -97,7 +103,7 @@ class Objective(nn.Module):
             vectors[i] = vectors[i].detach()
         self._restore(afterwards)
         self._average()
-        return _values(terms), size
+        return _values(terms, style)
 
     def _speech(self, batch: dict) -> Tensor:
         if not len(batch["style"]):
@@ -106,7 +112,7 @@ class Objective(nn.Module):
             return self.retriever.speech_vectors(batch).float()
 
     def _bf16(self) -> bool:
-        on_gpu = self.retriever.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        on_gpu = self.retriever.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return {"auto": on_gpu, "fp32": False, "bf16": True}[self.config.precision]
 
     def _text(self, prompts: list[str]) -> Tensor:
@@ -114,11 +120,13 @@ class Objective(nn.Module):
             return torch.zeros(0, self.retriever.config.dim, device=self.retriever.device)
         return self.retriever.text_vectors(prompts)
 
-    def _terms(self, speech: Tensor, text: Tensor | None, style: Tensor, stage: str) -> tuple[dict[str, Tensor], int]:
-        """The terms over all processes' clips: of the others', only the values are known."""
+    def _terms(
+        self, speech: Tensor, text: Tensor | None, style: Tensor, stage: str
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The terms over all processes' clips, and their styles: of the others', only the values are known."""
         speech, style = self._gathered(speech), self._gathered(style.to(speech.device))
         text = None if text is None else self._gathered(text)
-        return (self.terms(speech, text, style, stage) if len(style) else {}), len(style)
+        return (self.terms(speech, text, style, stage) if len(style) else {}), style
 
     def _gathered(self, rows: Tensor) -> Tensor:
         if self.accelerator.num_processes == 1:
@@ -142,10 +150,11 @@ class Objective(nn.Module):
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         given = torch.tensor([float(p.grad is not None) for p in trained], device=self.retriever.device)
         used = [p for p, n in zip(trained, self.accelerator.reduce(given, "sum").tolist(), strict=True) if n]
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in used])
-        mean = self.accelerator.reduce(flat, "mean").split([p.numel() for p in used])
-        for parameter, gradient in zip(used, mean, strict=True):
-            parameter.grad = gradient.view_as(parameter).clone()
+        for bucket in _buckets(used):
+            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket])
+            mean = self.accelerator.reduce(flat, "mean").split([p.numel() for p in bucket])
+            for parameter, gradient in zip(bucket, mean, strict=True):
+                parameter.grad = gradient.view_as(parameter).clone()
 
     def _random_state(self) -> tuple:
         """What dropout and masking draw from, so that a chunk run again draws the same."""
@@ -175,5 +184,19 @@ def _chunks(batch: dict, size: int) -> list[dict]:
     return chunks
 
 
-def _values(terms: dict[str, Tensor]) -> dict[str, float]:
-    return {name: float(term.detach()) for name, term in terms.items()}
+def _buckets(parameters: list[nn.Parameter], size: int = 2**23) -> Iterator[list[nn.Parameter]]:
+    """Parameters in groups of about `size` numbers, which travel together."""
+    bucket: list[nn.Parameter] = []
+    for parameter in parameters:
+        bucket.append(parameter)
+        if sum(p.numel() for p in bucket) >= size:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket
+
+
+def _values(terms: dict[str, Tensor], style: Tensor) -> Values:
+    labelled = int((style != losses.NO_STYLE).sum())
+    clips = {name: labelled if name == "classification" else len(style) for name in terms}
+    return {name: (float(term.detach()), clips[name]) for name, term in terms.items()}

@@ -35,7 +35,7 @@ def run_folder(run: str | Path) -> Path:
     path = Path(run).expanduser()
     if str(run) in ("", ".", ".."):
         raise ValueError(f"run is {str(run)!r}; it must be the name or path of a folder of its own")
-    return path.resolve() if path.is_absolute() or len(path.parts) > 1 else RUNS / path
+    return path.resolve() if path.is_absolute() or "/" in str(run) or len(path.parts) > 1 else RUNS / path
 
 
 @contextmanager
@@ -112,12 +112,19 @@ def versions() -> dict[str, str]:
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """`auto` is CUDA, else Apple's MPS, else the CPU; anything else is a torch device string."""
-    if device != "auto":
+    """`auto` is CUDA, else Apple's MPS, else the CPU; anything else is a torch device string.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
+    if device == "auto":
+        backends = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        return torch.device(next((name for name, there in backends.items() if there), "cpu"))
+    try:
+        torch.empty(0, device=device)
         return torch.device(device)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device is {device!r}, which is not to be had here: {str(error).splitlines()[0]}") from None
 
 
 def check_parameters(namespace: dict[str, Any]) -> None:

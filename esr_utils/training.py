@@ -13,12 +13,17 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import broadcast, gather_object
+from filelock import FileLock, Timeout
 from lhotse.cut import Cut
 from tqdm.auto import tqdm
 
@@ -27,7 +32,7 @@ from esr_utils.config import SAMPLE_RATE, ConfigError, ModelConfig, TrainConfig
 from esr_utils.corpora import DEMO_FOLDER, reading
 from esr_utils.losses import NO_STYLE
 from esr_utils.manifests import load_corpora, to_cuts
-from esr_utils.objective import Objective
+from esr_utils.objective import Objective, Values
 from esr_utils.retriever import StyleRetriever
 from esr_utils.styles import PROMPTS_PATH, STYLES, PromptBank
 
@@ -35,7 +40,7 @@ VALIDATION = 2**31  # stands where an epoch would, in the seed of the validation
 
 
 class RunExists(ValueError):
-    """The run folder holds a run with other settings; the message names them."""
+    """The run folder holds a run with other settings, or another process trains it; the message says which."""
 
 
 def fit(
@@ -62,26 +67,38 @@ def fit(
             on with a run that was begun.
 
     Raises:
-        RunExists: the folder holds a run with other settings.
-        ValueError: no usable training clip.
+        RunExists: the folder holds a run with other settings, or another process trains it.
+        ConfigError: settings that do not go together or name what is not there.
+        ValueError: no usable training clip, or no such device.
+        FloatingPointError: a loss is no longer a number.
         RuntimeError: one of several processes has failed.
     """
     model_config, config = model_config or ModelConfig(), config or TrainConfig.demo()
-    folder = runs.run_folder(run)
+    if config.prompt_bank:
+        config = config.but(prompt_bank=str(Path(config.prompt_bank).expanduser().resolve()))
+    folder, place = runs.run_folder(run), runs.pick_device(device)
     begin(manifest, folder, model_config, config)
     if processes > 1:
-        _launch(folder, device, cache, processes)
+        _launch(manifest, folder, device, cache, processes)
     else:
         _Trainer(manifest, folder, model_config, config, device, cache).run()
-    return StyleRetriever.load(folder / "best", runs.pick_device(device))
+    return StyleRetriever.load(folder / "best", place)
 
 
-def _launch(folder: Path, device: str, cache: Path, processes: int) -> None:
+def _launch(manifest: pd.DataFrame, folder: Path, device: str, cache: Path, processes: int) -> None:
     """`go_on` in several processes, as accelerate's launcher starts them."""
+    if _fingerprint(_clips_of(runs.read_json(folder / "config.json"))) != _fingerprint(manifest):
+        raise ValueError("several processes read the corpora themselves: give the manifest as load_corpora has it")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     environment = os.environ | ({"ACCELERATE_USE_CPU": "true"} if device == "cpu" else {})
     command += ["-m", "esr_utils.training", str(folder), device, str(cache)]
-    if status := subprocess.run(command, env=environment).returncode:
+    launcher = subprocess.Popen(command, env=environment)
+    try:
+        status = launcher.wait()
+    finally:  # interrupted: the launcher takes its workers with it, if it is asked to end and not killed
+        launcher.terminate()
+        launcher.wait()
+    if status:
         raise RuntimeError(f"training {folder} by {processes} processes ended with status {status}; see their messages")
 
 
@@ -111,100 +128,134 @@ def go_on(run: str | Path, device: str = "auto", cache: Path = embedding.CACHE) 
     if not (folder / "config.json").is_file():
         raise weights.WeightsError(f"{folder} holds no config.json: begin the run with notebook 03_train")
     settings = runs.read_json(folder / "config.json")
-    roots = [Path(root).parent for root in settings["roots"] if Path(root) != DEMO_FOLDER]
-    manifest = load_corpora(settings["corpora"], next(iter(roots), None))
     configs = ModelConfig.from_dict(settings["model"]), TrainConfig.from_dict(settings["training"])
-    return fit(manifest, folder, *configs, device, cache)
+    return fit(_clips_of(settings), folder, *configs, device, cache)
+
+
+def _clips_of(settings: dict) -> pd.DataFrame:
+    """The manifest that a run's config.json names, as it is now."""
+    roots = [Path(root).parent for root in settings["roots"] if Path(root) != DEMO_FOLDER]
+    return load_corpora(settings["corpora"], next(iter(roots), None))
+
+
+def _fingerprint(manifest: pd.DataFrame) -> str:
+    decisive = ["utterance_id", "path", "start_s", "end_s", "channel", "split", "style", "caption"]
+    return runs.text_sha256(manifest[decisive].to_csv(index=False))
+
+
+def _bank(config: TrainConfig) -> PromptBank:
+    try:
+        return PromptBank.load(config.prompt_bank or PROMPTS_PATH)
+    except OSError as error:
+        raise ConfigError(f"prompt_bank: {error}") from None
 
 
 def begin(manifest: pd.DataFrame, run: str | Path, model_config: ModelConfig, config: TrainConfig) -> None:
     """Writes a run's config.json, or checks that the one there says the same; `go_on` trains it.
 
+    A config.json that no epoch has followed is written anew.
+
     Raises:
         RunExists: the folder holds a run with other settings.
-        ConfigError: one corpus in two readings (expresso+expresso-paper).
+        ConfigError: one corpus in two readings (expresso+expresso-paper), or no such prompt bank.
     """
     folder = runs.run_folder(run)
     corpora = [reading(corpus)[0] for corpus in manifest["corpus"].unique()]
     if twice := sorted({corpus for corpus in corpora if corpora.count(corpus) > 1}):
         raise ConfigError(f"corpora: {', '.join(twice)} in two readings: what is test in one is train in the other")
     split = manifest["split"].value_counts()
-    decisive = ["utterance_id", "path", "start_s", "end_s", "channel", "split", "style", "caption"]
     settings = {
         "model": model_config.to_dict(),
         "training": config.to_dict(),
-        "corpora": manifest["corpus"].unique().tolist(),
+        "corpora": sorted(manifest["corpus"].unique()),
         "roots": sorted(manifest["root"].unique()),
         "clips": {name: int(split.get(name, 0)) for name in ("train", "val", "test")},
-        "prompts_sha256": PromptBank.load(config.prompt_bank or PROMPTS_PATH).sha256,
-        "manifest_sha256": runs.text_sha256(manifest[decisive].to_csv(index=False)),
+        "prompts_sha256": _bank(config).sha256,
+        "manifest_sha256": _fingerprint(manifest),
     }
-    path = folder / "config.json"
-    if not path.is_file():
-        runs.write_json(path, settings | {"versions": runs.versions()})
-        return
-    there = runs.read_json(path)
-    now = json.loads(json.dumps(settings))
-    changed = [
-        f"{part}.{key}: {there[part].get(key)!r} there, {value!r} now"
-        for part in ("model", "training")
-        for key, value in now[part].items()
-        if there[part].get(key) != value
-    ]
-    changed += [
-        f"{key}: other than now"
-        for key in ("corpora", "prompts_sha256", "manifest_sha256")
-        if there.get(key) != now[key]
-    ]
-    if changed:
+    there = runs.read_json(folder / "config.json") if (folder / "config.json").is_file() else None
+    if there is None or (_is_run(there) and not (folder / "resume.json").is_file()):
+        with _held(folder):
+            runs.write_json(folder / "config.json", settings | {"versions": runs.versions()})
+    elif (
+        changed := _changed(there, json.loads(json.dumps(settings))) if _is_run(there) else ["not a run's config.json"]
+    ):
         raise RunExists(
             f"{folder} holds another run ({'; '.join(changed)}): choose another `run`, or delete that folder"
         )
 
 
+def _is_run(settings: object) -> bool:
+    return isinstance(settings, dict) and {"model", "training"} <= set(settings)
+
+
+def _changed(there: dict, now: dict) -> list[str]:
+    """Where the settings of two runs differ, in words. A setting that the older one does not know has its default."""
+    changed = []
+    for part, kind in (("model", ModelConfig), ("training", TrainConfig)):
+        before = json.loads(json.dumps(kind.from_dict(there[part]).to_dict()))
+        changed += [f"{part}.{k}: {before[k]!r} there, {v!r} now" for k, v in now[part].items() if before[k] != v]
+    whole = ("corpora", "prompts_sha256", "manifest_sha256")
+    return changed + [f"{key}: other than now" for key in whole if there.get(key) != now[key]]
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Only one process at a time writes a run's folder; the lock ends with its holder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise RunExists(f"another process trains {folder}: wait for it, or choose another `run`") from None
+
+
 class _Trainer:
     def __init__(self, manifest, folder: Path, model_config, config: TrainConfig, device: str, cache: Path) -> None:
         self.folder, self.config = folder, config
+        patient = InitProcessGroupKwargs(timeout=timedelta(days=2))  # the others wait while one makes frames
         self.accelerator = Accelerator(
-            cpu=device == "cpu", mixed_precision="no", log_with="tensorboard", project_dir=folder
+            mixed_precision="no", log_with="tensorboard", project_dir=folder, kwargs_handlers=[patient]
         )
-        self.bank = PromptBank.load(config.prompt_bank or PROMPTS_PATH)
+        self.bank = _bank(config)
         runs.seed_everything(config.seed)
-        retriever = StyleRetriever.build(model_config).to(self.accelerator.device)
+        # One process may train here and there in its life, which Accelerate's own choice of device does not allow.
+        here = self.accelerator.device if self.accelerator.num_processes > 1 else runs.pick_device(device)
+        retriever = StyleRetriever.build(model_config).to(here)
         retriever.speech.set_trainable(config.finetune == "full")
         retriever.speech.recompute = config.recompute
-        self.caption = dict(zip(manifest["utterance_id"], manifest["caption"], strict=True))
-        self.skipped: list[tuple[str, str]] = []
-        with self.accelerator.main_process_first():  # the others then find the frames
-            self.clips = {split: self._clips(retriever, manifest, split, cache) for split in ("train", "val")}
         if config.crop_s * SAMPLE_RATE > retriever.speech.max_samples:
             longest = retriever.speech.max_samples / SAMPLE_RATE
             raise ConfigError(
                 f"crop_s is {config.crop_s:g}; {model_config.speech_backbone} takes at most {longest:g} s"
             )
+        if unknown := set(config.held_out_styles) - set(STYLES):
+            raise ConfigError(f"held_out_styles: {', '.join(sorted(unknown))} unknown; styles: {', '.join(STYLES)}")
+        self.caption = dict(zip(manifest["utterance_id"], manifest["caption"], strict=True))
+        self.skipped: dict[str, str] = {}
+        with self.accelerator.main_process_first():  # the others then find the frames
+            self.clips = {split: self._clips(retriever, manifest, split, cache) for split in ("train", "val")}
         if config.objective != "classifier":
             self._embed_prompts(retriever, manifest)
-        self.objective = Objective(retriever, config, self.accelerator).to(self.accelerator.device)
+        self.objective = Objective(retriever, config, self.accelerator).to(here)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.objective), betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
         self.progress = checkpoints.Progress()
 
     def _clips(self, retriever, manifest, split: str, cache: Path) -> embedding.FrozenClips | batches.WaveformClips:
-        if unknown := set(self.config.held_out_styles) - set(STYLES):
-            raise ConfigError(f"held_out_styles: {', '.join(sorted(unknown))} unknown; styles: {', '.join(STYLES)}")
         rows = manifest[(manifest["split"] == split) & ~manifest["style"].isin(self.config.held_out_styles)]
         described = (rows["style"] != "") | (rows["caption"] != "")  # else there is no sentence to pair it with
-        self._note_skipped([(name, "neither style nor caption") for name in rows.loc[~described, "utterance_id"]])
+        self.skipped |= dict.fromkeys(rows.loc[~described, "utterance_id"], "neither style nor caption")
         cuts = to_cuts(rows[described])
         if self.config.finetune == "full":
-            workers = min(4, os.cpu_count() or 1) if self.accelerator.device.type == "cuda" else 0
+            workers = min(4, os.cpu_count() or 1) if retriever.device.type == "cuda" else 0
             return batches.WaveformClips(cuts, self.config.batch_size, self.config.crop_s, self.config.level, workers)
         cuts = batches.pieces(cuts, self.config.crop_s, self.config.crop_s)
         features = embedding.frozen_features(retriever, cuts, self.config.level, cache)
-        self._note_skipped(list(features.skipped.itertuples(index=False, name=None)))
+        self.skipped |= dict(features.skipped.itertuples(index=False, name=None))
         if split == "train" and len(features.pooled):
-            retriever.speech_head.fit(features.pooled.to(self.accelerator.device))
+            retriever.speech_head.fit(features.pooled.to(retriever.device))
         return embedding.FrozenClips(features, cuts, self.config.batch_size)
 
     def _embed_prompts(self, retriever: StyleRetriever, manifest: pd.DataFrame) -> None:
@@ -212,17 +263,32 @@ class _Trainer:
         used = manifest[manifest["split"].isin(("train", "val"))]
         styles = sorted(set(used["style"]) - {""} - set(self.config.held_out_styles))
         prompts = [prompt for style in styles for prompt in self.bank.all_prompts(style)]
-        retriever.text.embed(prompts + sorted(set(used.loc[used["style"] == "", "caption"])))
+        prompts += sorted(set(used.loc[used["style"] == "", "caption"]) - {""})
+        if prompts:
+            retriever.text.embed(prompts)
 
-    def _note_skipped(self, skipped: list[tuple[str, str]]) -> None:
-        if new := [item for item in skipped if item not in self.skipped]:
-            self.skipped += new
-            if self.accelerator.is_main_process:
-                with runs.atomic_path(self.folder / "skipped.csv") as temporary:
-                    embedding.skipped_table(self.skipped).to_csv(temporary, index=False)
+    def _write_skipped(self) -> None:
+        """Lists the clips that cannot be used, of all processes; those of a stopped run are kept."""
+        found = gather_object([self.skipped])
+        if not self.accelerator.is_main_process:
+            return
+        path = self.folder / "skipped.csv"
+        if path.is_file() and self.progress.epoch:
+            found.insert(0, dict(pd.read_csv(path, dtype=str).itertuples(index=False, name=None)))
+        self.skipped = {name: reason for part in found for name, reason in part.items()}
+        if self.skipped:
+            with runs.atomic_path(path) as temporary:
+                embedding.skipped_table(list(self.skipped.items())).to_csv(temporary, index=False)
 
     def run(self) -> None:
+        with _held(self.folder) if self.accelerator.is_main_process else nullcontext():
+            self._run()
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+
+    def _run(self) -> None:
         self._resume()
+        self._write_skipped()
         self.accelerator.init_trackers("tensorboard")
         config, progress = self.config, self.progress
         hidden = not self.accelerator.is_main_process
@@ -232,28 +298,31 @@ class _Trainer:
             bar.set_postfix({k: f"{v:.3f}" for k, v in line.items() if k in ("train_contrastive", "val_contrastive")})
             bar.update()
         bar.close()
-        self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
 
     def _epoch(self) -> dict:
         config, progress = self.config, self.progress
         started = time.perf_counter()
         stage = config.stage(progress.epoch)
         rng = runs.seed_everything(config.seed, progress.epoch + 1)
+        if process := self.accelerator.process_index:  # plans are the same in all processes, dropout is not
+            runs.seed_everything(config.seed, progress.epoch + 1, process)
         self.objective.train()
         if config.finetune == "frozen":
             self.objective.retriever.speech.eval()
         train = _Mean()
         left = max(0, config.max_steps - progress.step) if config.max_steps else None
         for batch, prompts in self._batches("train", rng, left):
-            train.add(*self._step(batch, prompts, stage))
+            train.add(self._step(batch, prompts, stage))
+        validation = self.validate(stage)
+        self._write_skipped()
         if not progress.step:
             raise ValueError(f"no usable training clip: {len(self.skipped)} refused, see {self.folder / 'skipped.csv'}")
-        validation = self.validate(stage)
         progress.epoch += 1
         line = {"epoch": progress.epoch, "step": progress.step, "stage": stage}
         line |= {f"train_{name}": value for name, value in train.means().items()}
         line |= {f"val_{name}": value for name, value in validation.items()}
+        if broken := [f"{k} is {v}" for k, v in line.items() if isinstance(v, float) and not math.isfinite(v)]:
+            raise FloatingPointError(f"{', '.join(broken)} in epoch {progress.epoch}: lower the learning rate")
         tau = 1 / float(self.objective.retriever.logit_scale.detach())
         line |= {"tau": tau, "seconds": time.perf_counter() - started}
         self._judge(validation.get("classification" if config.objective == "classifier" else "contrastive"))
@@ -261,14 +330,15 @@ class _Trainer:
             self._write(line)
         return line
 
-    def _step(self, batch: dict, prompts: list[str], stage: str) -> tuple[dict[str, float], int]:
-        values, size = self.objective.backward(batch, prompts, stage)
-        if size:
+    def _step(self, batch: dict, prompts: list[str], stage: str) -> Values:
+        values = self.objective.backward(batch, prompts, stage)
+        if values:
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.progress.step += 1
-            self.accelerator.log({f"train/{k}": value for k, value in values.items()}, step=self.progress.step)
-        return values, size
+            terms = {f"train/{name}": value for name, (value, _) in values.items()}
+            self.accelerator.log(terms, step=self.progress.step)
+        return values
 
     def _batches(self, split: str, rng: np.random.Generator, limit: int | None = None):
         """(batch, prompts) of a split in an order drawn from rng: of each batch, this process's share."""
@@ -276,7 +346,7 @@ class _Trainer:
         prompts = {batches.utterance_id(cut): self._prompt(cut, rng) for cuts in plan for cut in cuts}
         shares = [cuts[self.accelerator.process_index :: self.accelerator.num_processes] for cuts in plan]
         for batch in self.clips[split].load(shares):
-            self._note_skipped(batch["skipped"])
+            self.skipped |= dict(batch["skipped"])
             yield batch, [prompts[utterance] for utterance in batch["utterance_id"]]
 
     def _prompt(self, cut: Cut, rng: np.random.Generator) -> str:
@@ -292,16 +362,17 @@ class _Trainer:
         self.objective.eval()
         mean = _Mean()
         for batch, prompts in self._batches("val", rng):
-            mean.add(*self.objective.evaluate(batch, prompts, stage))
-        return mean.means()
+            mean.add(self.objective.evaluate(batch, prompts, stage))
+        means = mean.means()
+        # All processes must choose alike, to the last bit.
+        values = broadcast(torch.tensor(list(means.values()), device=self.objective.retriever.device))
+        return dict(zip(means, values.tolist(), strict=True)) if self.accelerator.num_processes > 1 else means
 
     def _judge(self, loss: float | None) -> None:
         """Keeps the best checkpoint, and says when the run is over."""
         config, progress = self.config, self.progress
         out_of_steps = bool(config.max_steps) and progress.step >= config.max_steps
         last = progress.epoch >= config.epochs or out_of_steps
-        if loss is not None and not math.isfinite(loss):
-            raise FloatingPointError(f"validation loss is {loss} in epoch {progress.epoch}: lower the learning rate")
         better = loss is not None and (progress.best_loss is None or loss < progress.best_loss)
         nothing_yet = last and progress.best_loss is None  # no val split, or stopped before the loss was on
         if better or nothing_yet:
@@ -351,19 +422,19 @@ def parameter_groups(objective: Objective) -> list[dict]:
 
 
 class _Mean:
-    """Mean of named values, weighted by batch size."""
+    """Mean of named values, each weighted by the clips that it is of; 0 where there are none."""
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = defaultdict(float)
-        self.count: dict[str, int] = defaultdict(int)
+        self.clips: dict[str, int] = defaultdict(int)
 
-    def add(self, values: dict[str, float], size: int) -> None:
-        for name, value in values.items():
-            self.sums[name] += value * size
-            self.count[name] += size
+    def add(self, values: Values) -> None:
+        for name, (value, clips) in values.items():
+            self.sums[name] += value * clips
+            self.clips[name] += clips
 
     def means(self) -> dict[str, float]:
-        return {name: total / self.count[name] for name, total in self.sums.items()}
+        return {name: total / max(1, self.clips[name]) for name, total in self.sums.items()}
 
 
 if __name__ == "__main__":  # accelerate launch --multi_gpu --num_processes 2 -m esr_utils.training RUN

@@ -44,9 +44,9 @@ def waveform_batch(n: int = 7) -> dict:
 
 def gradients(of: Objective, batch: dict, stage: str = "adversarial") -> dict[str, torch.Tensor]:
     of.zero_grad()
-    values, size = of.backward(batch, PROMPTS[: len(batch["style"])], stage)
+    values = of.backward(batch, PROMPTS[: len(batch["style"])], stage)
     found = {name: p.grad.clone() for name, p in of.named_parameters() if p.grad is not None}
-    return found | {f"loss {name}": torch.tensor(value) for name, value in values.items()} | {"n": torch.tensor(size)}
+    return found | {f"loss {name}": torch.tensor(value) for name, value in values.items()}
 
 
 def assert_same(found: dict, expected: dict, tolerance: float = 1e-5) -> None:
@@ -133,6 +133,22 @@ def test_a_thousand_and_twenty_four_clips_in_chunks_of_thirty_two(tiny_model):
     assert_same(found[1], found[0])
 
 
+def test_validation_goes_by_chunks_too(tiny_model):
+    sizes = []
+    tiny_model.speech_head.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    found = objective(tiny_model, chunk_size=3).evaluate(waveform_batch(), PROMPTS, "adversarial")
+    assert sizes == [3, 3, 1]
+    whole = objective(tiny_model).evaluate(waveform_batch(), PROMPTS, "adversarial")
+    assert {k: v[0] for k, v in found.items()} == pytest.approx({k: v[0] for k, v in whole.items()}, rel=1e-5)
+    assert {k: v[1] for k, v in found.items()} == {"classification": 6, "contrastive": 7, "adversarial": 7}
+
+
+def test_without_any_clip_there_is_neither_a_term_nor_a_gradient(tiny_model):
+    of = objective(tiny_model)
+    assert of.backward({"pooled": torch.zeros(0, 3, 32), "style": torch.zeros(0, dtype=torch.int64)}, [], "align") == {}
+    assert all(parameter.grad is None for parameter in of.parameters())
+
+
 def test_dropout_draws_the_same_when_a_chunk_is_run_again(tiny_config):
     """Each chunk's vectors before the loss and in the backward pass must be one and the same."""
     model = StyleRetriever.build(tiny_config.but(dropout=0.5)).train()
@@ -200,9 +216,9 @@ mine = slice(accelerator.process_index, None, accelerator.num_processes)
 for stage, clips in (("classify", 7), ("align", 7), ("adversarial", 7), ("adversarial", 1)):
     objective.zero_grad()
     share = {key: value[:clips][mine] for key, value in batch.items()}
-    values, size = objective.backward(share, prompts[:clips][mine], stage)
+    values = objective.backward(share, prompts[:clips][mine], stage)
     found = {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
-    found |= {f"loss {name}": torch.tensor(value) for name, value in values.items()} | {"n": torch.tensor(size)}
+    found |= {f"loss {name}": torch.tensor(value) for name, value in values.items()}
     save_file(found, f"{folder}/{stage}-{clips}-{accelerator.process_index}.safetensors")
 accelerator.end_training()
 """

@@ -740,6 +740,98 @@ def test_one_corpus_in_two_readings_is_refused(train, manifest):
     assert not (train.folder / "run").exists()
 
 
+def test_the_papers_recipe_to_the_letter():
+    """Kang & Roy 2025, section IV-B."""
+    model, config = ModelConfig.paper(), TrainConfig.paper()
+    assert (model.dim, model.temperature, model.classifier_hidden, config.discriminator_hidden) == (512, 0.07, 128, 128)
+    assert (model.pooling, model.mix_layers, model.hidden, model.dropout) == ("mean", False, 0, 0.0)
+    assert (model.speech_backbone, model.text_backbone, config.finetune) == ("emotion2vec", "roberta", "full")
+    assert (config.batch_size, config.crop_s, config.epochs) == (32, 8.0, 110)
+    assert (config.classify_epochs, config.align_epochs, config.objective) == (5, 5, "infonce")
+    assert (config.learning_rate, config.discriminator_learning_rate, config.betas) == (5e-5, 2e-5, (0.9, 0.999))
+    weights_of = (config.contrastive_weight, config.adversarial_weight, config.classification_weight)
+    assert weights_of == (1.0, 0.1, 0.5) and config.augment_prompts and not config.fixed_temperature
+    assert (config.precision, config.layer_decay, config.max_steps, config.patience) == ("bf16", 1.0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("epochs", -1), ("epochs", "3"), ("batch_size", 2.5), ("batch_size", 0), ("max_steps", -1), ("layer_decay", 2.0),
+        ("layer_decay", 0.0), ("adversarial_weight", float("nan")), ("classify_epochs", -5), ("chunk_size", -1),
+        ("betas", (0.9, 1.0)), ("precision", "fp16"), ("held_out_styles", "calm"), ("seed", -1), ("crop_s", True),
+    ],
+)  # fmt: skip
+def test_settings_that_make_no_sense_are_refused_by_name(setting, value):
+    with pytest.raises(ConfigError, match=f"{setting} is"):
+        CONFIG.but(**{setting: value})
+
+
+def test_a_setting_refused_at_the_start_does_not_keep_the_corrected_run_out(train):
+    with pytest.raises(ConfigError, match="clam"):
+        train("run", held_out_styles=("clam",))
+    with pytest.raises(ConfigError, match="crop_s is 40"):
+        train("run", finetune="full", crop_s=40.0)
+    train("run", epochs=1)
+    with pytest.raises(RunExists, match="epochs: 1 there, 2 now"):
+        train("run", epochs=2)
+
+
+def test_a_folder_that_is_no_runs_is_left_as_it_is(train):
+    train("run", epochs=1)
+    before = (train.folder / "run" / "best" / "config.json").read_bytes()
+    with pytest.raises(RunExists, match="not a run's config.json"):
+        train("run/best", epochs=1)
+    assert (train.folder / "run" / "best" / "config.json").read_bytes() == before
+
+
+def test_two_at_once_in_one_folder_are_refused(train):
+    with training._held(train.folder / "run"), pytest.raises(RunExists, match="another process trains"):
+        train("run", epochs=1)
+    train("run", epochs=1)
+
+
+def test_an_older_run_lacks_newer_settings_and_is_still_itself(train):
+    train("run", epochs=1)
+    path = train.folder / "run" / "config.json"
+    settings = runs.read_json(path)
+    del settings["training"]["chunk_size"], settings["model"]["classifier_hidden"]
+    runs.write_json(path, settings)
+    train("run", epochs=1)
+
+
+def test_a_device_that_is_not_there_is_refused_before_training(manifest, model_config, tmp_path):
+    with pytest.raises(ValueError, match="device is 'gpu'"):
+        fit(manifest, tmp_path / "run", model_config, CONFIG, device="gpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_no_number_ends_the_run_without_a_checkpoint(train, manifest):
+    rows = manifest[manifest["split"] != "val"].reset_index(drop=True)
+    with pytest.raises(FloatingPointError, match="lower the learning rate"):
+        train("run", rows, learning_rate=1e38)
+    assert not (train.folder / "run" / "best").exists()
+
+
+def test_a_bank_that_is_not_there_is_refused_by_name(train, tmp_path):
+    with pytest.raises(ConfigError, match="prompt_bank: .*nothing.json"):
+        train("run", prompt_bank=str(tmp_path / "nothing.json"))
+
+
+def test_states_left_over_by_a_kill_are_deleted(train):
+    train("run", epochs=1)
+    left = train.folder / "run" / "resume-0.safetensors"
+    left.write_bytes(b"left over")
+    (train.folder / "run" / "resume.json").unlink()
+    train("run", epochs=2)
+    assert not left.exists()
+
+
+def test_several_processes_take_the_corpora_as_they_are(train, manifest):
+    with pytest.raises(ValueError, match="as load_corpora has it"):
+        train("run", manifest.iloc[1:].reset_index(drop=True), processes=2)
+
+
 def test_two_processes_train_the_run_of_one(train, tiny_config, monkeypatch):
     """Another process goes on with a run that was begun; it finds the package and as many threads as here."""
     options = {"finetune": "full", "epochs": 4, "classify_epochs": 1, "align_epochs": 1, "learning_rate": 1e-4}
