@@ -263,27 +263,35 @@ def _tie_blocks(scores: Floats, relevant: NDArray[np.bool_]) -> tuple[Counts, ..
 # 3. Zero-shot classification ------------------------------------------------------------------------------
 
 
-def accuracy(truth: ArrayLike, predicted: ArrayLike, weights: ArrayLike | None = None) -> Floats:
+def votes(scores: ArrayLike) -> Floats:
+    """Each clip's one vote: 1 for the style that scores highest, 1/t each for t styles level at the top.
+
+    scores: (N, S). Returns (N, S), rows that sum to 1: what argmax gives on average over orders of the styles.
+    """
+    scores = _checked(scores)
+    top = scores == scores.max(axis=1, keepdims=True)
+    return top / top.sum(axis=1, keepdims=True)
+
+
+def accuracy(correct: ArrayLike, weights: ArrayLike | None = None) -> Floats:
     """Share of clips whose style is recognised; with weights (R, N), one value for each bootstrap replicate.
 
-    truth, predicted: (N,) labels. Returns a scalar, or (R,). (For a confusion matrix call scikit-learn's.)
+    correct: (N,) the vote that each clip gives its own style, 0 to 1 (`votes`). Returns a scalar, or (R,).
     """
-    correct = np.asarray(truth) == np.asarray(predicted)
+    correct = np.asarray(correct, dtype=float)
     counts = np.ones(correct.shape) if weights is None else np.asarray(weights)
     return counts @ correct / counts.sum(axis=-1)
 
 
-def unweighted_average_recall(truth: ArrayLike, predicted: ArrayLike, weights: ArrayLike | None = None) -> Floats:
+def unweighted_average_recall(truth: ArrayLike, correct: ArrayLike, weights: ArrayLike | None = None) -> Floats:
     """Mean over the styles present in `truth` of the share of their clips that is recognised.
 
-    Unlike accuracy, it does not reward guessing the most frequent style. A style that is only predicted has
-    no recall and is left out, as in scikit-learn's balanced_accuracy_score, which takes no bootstrap
-    replicates; so is a style that a replicate has lost.
+    Unlike accuracy, it does not reward guessing the most frequent style. scikit-learn's balanced_accuracy_score takes
+    no ties and no bootstrap replicates. A style that a replicate has lost is left out.
 
-    truth, predicted: (N,) labels; weights: (N,) or (R, N). Returns a scalar, or (R,).
+    truth: (N,) labels; correct: (N,) as in `accuracy`; weights: (N,) or (R, N). Returns a scalar, or (R,).
     """
-    truth = np.asarray(truth)
-    correct = truth == np.asarray(predicted)
+    truth, correct = np.asarray(truth), np.asarray(correct, dtype=float)
     counts = np.ones(correct.shape) if weights is None else np.asarray(weights)
     of_style = (truth[:, None] == np.unique(truth)).astype(float)  # (N, styles)
     total = counts @ of_style  # (…, styles)

@@ -15,6 +15,7 @@ import seaborn as sns
 import soundfile
 from IPython.display import HTML
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 from sklearn.manifold import TSNE
 
@@ -23,26 +24,29 @@ from esr_utils.config import SAMPLE_RATE
 from esr_utils.manifests import to_cuts
 from esr_utils.styles import STYLES
 
-# One colour a style in every figure: hues around the circle, alternately light and dark.
+# One colour a style in every figure. The styles that most corpora have are dark, as far apart as eleven hues can be, so
+# that a map of a few styles can be read; the others are light.
+_FREQUENT = (
+    "angry", "bored", "happy", "disgusted", "fearful", "calm", "whispered", "sad", "neutral", "laughing", "surprised",
+)  # fmt: skip
 COLOURS = {
-    style: colour
-    for style, colour in zip(
-        STYLES,
-        [
-            c
-            for pair in zip(sns.husl_palette(11, l=0.45), sns.husl_palette(11, h=0.05, l=0.72), strict=True)
-            for c in pair
-        ],
-        strict=True,
-    )
+    **dict(zip(_FREQUENT, sns.husl_palette(11, l=0.5), strict=True)),
+    **dict(zip([s for s in STYLES if s not in _FREQUENT], sns.husl_palette(11, h=0.05, l=0.76), strict=True)),
 }
+
+_SYSTEM_COLOURS = {"seen": "#33658a", "held_out": "#f6ae2d", "classifier": "#8f8f8f"}
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Writes a PNG at 150 dpi, makes its folder, and returns the path."""
+    """Writes a PNG at 150 dpi to `path`, and an SVG beside it; makes their folder, and returns `path`.
+
+    The same figure gives the same SVG, byte for byte.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, bbox_inches="tight")
+    with plt.rc_context({"svg.hashsalt": path.stem}):
+        figure.savefig(path.with_suffix(".svg"), bbox_inches="tight", metadata={"Date": None})
     return path
 
 
@@ -74,40 +78,46 @@ def durations(manifest: pd.DataFrame) -> Figure:
 
 
 def recall_by_style(per_style: pd.DataFrame, metric: str = "r@10") -> Figure:
-    """Bars of one metric per style, seen beside held-out prompts, one panel a corpus (`Evaluation.per_style`)."""
+    """Bars of one metric per style, a colour a system, one panel a corpus (`Evaluation.per_style`)."""
     corpora = per_style["corpus"].unique()
+    widths = [2.4 + 0.4 * per_style.loc[per_style["corpus"] == corpus, "style"].nunique() for corpus in corpora]
     figure, axes = plt.subplots(
-        1, len(corpora), figsize=(1.5 + 0.34 * 22 * len(corpora), 3.4), squeeze=False, layout="constrained"
+        1, len(corpora), figsize=(sum(widths) + 1.2, 3.6), squeeze=False, layout="constrained", width_ratios=widths
     )
     for axis, corpus in zip(axes[0], corpora, strict=True):
         part = per_style[per_style["corpus"] == corpus]
-        sns.barplot(part, x="style", y=metric, hue="prompts", ax=axis, palette=["#33658a", "#f6ae2d"])
+        sns.barplot(part, x="style", y=metric, hue="system", ax=axis, palette=_SYSTEM_COLOURS)
         fewest, most = part["n_candidates"].min(), part["n_candidates"].max()
         size = f"1-in-{most}" if fewest == most else f"1-in-{fewest} to {most}"
-        axis.set(title=f"{corpus}: {metric} per style, {size}", xlabel="", ylabel=metric, ylim=(0, 1))
-        axis.tick_params(axis="x", rotation=60)
-        axis.legend(frameon=False, title="prompts", loc="center left", bbox_to_anchor=(1, 0.5))
+        axis.set(title=f"{corpus}: {metric} per style, {size}", xlabel="", ylabel=metric, ylim=(0, 1.02))
+        plt.setp(axis.get_xticklabels(), rotation=50, ha="right", rotation_mode="anchor")
+        axis.get_legend().remove()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, title="ranked by", loc="outside right center")
     return figure
 
 
 def confusion(counts: pd.DataFrame, title: str) -> Figure:
-    """Confusion matrix, rows normalised: of the clips of a style, the share found as each."""
-    shares = counts.div(counts.sum(axis=1).clip(lower=1), axis=0)
-    size = 2.2 + 0.36 * len(counts)
-    figure, axis = plt.subplots(figsize=(size + 0.8, size), layout="constrained")
-    small = len(counts) > 12
+    """Confusion matrix, rows normalised: of the clips of a style, the percentage found as each; blank is below 0.5."""
+    shares = 100 * counts.div(counts.sum(axis=1).clip(lower=1e-9), axis=0)
+    size = 2.4 + 0.38 * len(counts)
+    figure, axis = plt.subplots(figsize=(size + 1.0, size), layout="constrained")
     sns.heatmap(
         shares,
         vmin=0,
-        vmax=1,
-        cmap="mako_r",
-        annot=True,
-        fmt=".1f" if small else ".2f",
+        vmax=100,
+        cmap="Blues",
+        annot=shares.map(lambda share: f"{share:.0f}" if share >= 0.5 else ""),
+        fmt="",
+        square=True,
+        linewidths=0.4,
+        linecolor="0.85",
         ax=axis,
-        annot_kws={"fontsize": 6 if small else 8},
-        cbar_kws={"label": "share of the style's clips"},
+        annot_kws={"fontsize": 8},
+        cbar_kws={"label": "% of the style's clips", "shrink": 0.7},
     )
     axis.set(title=title, xlabel="style found", ylabel="true style")
+    plt.setp(axis.get_xticklabels(), rotation=50, ha="right", rotation_mode="anchor")
+    plt.setp(axis.get_yticklabels(), rotation=0)
     return figure
 
 
@@ -141,16 +151,58 @@ def project_2d(vectors: NDArray, method: str, seed: int = 0) -> NDArray:
 
 def joint_map(points: NDArray, styles: list[str], modality: list[str], title: str) -> Figure:
     """Two kinds of vectors in one plane, a colour a style: the first as dots, the other as crosses (ESR Fig. 4)."""
-    frame = pd.DataFrame({"x": points[:, 0], "y": points[:, 1], "style": styles, "modality": modality})
-    present, kinds = [style for style in STYLES if style in set(styles)], list(dict.fromkeys(modality))
-    figure, axis = plt.subplots(figsize=(8.4, 6.2), layout="constrained")
-    for style in present:
-        part = frame[frame["style"] == style]
-        dots, crosses = part[part["modality"] == kinds[0]], part[part["modality"] != kinds[0]]
-        axis.scatter(dots["x"], dots["y"], s=12, color=COLOURS[style], alpha=0.65, lw=0, label=style)
-        axis.scatter(crosses["x"], crosses["y"], s=46, color=COLOURS[style], marker="X", edgecolor="black", lw=0.5)
-    axis.set(title=f"{title}\ndots: {kinds[0]}, crosses: {kinds[-1]}".replace("_", "-"), xticks=[], yticks=[])
-    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, markerscale=2)
+    return _maps({title: (points, pd.DataFrame({"style": styles, "modality": modality}))})
+
+
+def joint_maps(spaces: dict[str, tuple[NDArray, pd.DataFrame]], method: str, seed: int = 0) -> Figure:
+    """A `joint_map` of each space beside the other: title -> what `evaluation.joint_space` returns."""
+    return _maps({title: (project_2d(vectors, method, seed), about) for title, (vectors, about) in spaces.items()})
+
+
+def _maps(maps: dict[str, tuple[NDArray, pd.DataFrame]]) -> Figure:
+    figure, axes = plt.subplots(1, len(maps), figsize=(1.6 + 6.4 * len(maps), 6.2), squeeze=False, layout="constrained")
+    for axis, (title, (points, about)) in zip(axes[0], maps.items(), strict=True):
+        kinds = about["modality"].unique()
+        colours, first = np.array([COLOURS[s] for s in about["style"]]), (about["modality"] == kinds[0]).to_numpy()
+        axis.scatter(*points[first].T, color=colours[first], s=12, alpha=0.65, lw=0)
+        axis.scatter(*points[~first].T, color=colours[~first], s=46, marker="X", edgecolor="black", lw=0.5)
+        axis.set(title=f"{title}\ndots: {kinds[0]}, crosses: {kinds[-1]}".replace("_", "-"), xticks=[], yticks=[])
+    named = {style for _, about in maps.values() for style in about["style"]}
+    handles = [Line2D([], [], ls="", marker="o", color=COLOURS[s], label=s) for s in STYLES if s in named]
+    figure.legend(handles=handles, frameon=False, loc="outside right center", fontsize=9)
+    return figure
+
+
+def recall_by_duration(table: pd.DataFrame, ks: tuple[int, ...] = (1, 5)) -> Figure:
+    """Bars of Recall@k by the duration of the clip to be found (ESR Fig. 3), from `comparison.duration_table`.
+
+    A row of panels a corpus, a bar a model with its 95 % interval; below each bin its clips. An empty bin says so.
+    """
+    corpora, models, bins = (table.index.unique(level) for level in ("corpus", "model", "duration"))
+    size = (1.5 + 4.6 * len(ks), 0.9 + 2.9 * len(corpora) + 0.2 * len(models))
+    figure, axes = plt.subplots(len(corpora), len(ks), figsize=size, squeeze=False, layout="constrained", sharey=True)
+    width = 0.8 / len(models)
+    for row, corpus in zip(axes, corpora, strict=True):
+        clips = table.loc[(corpus, models[0])]["clips"]
+        for axis, k in zip(row, ks, strict=True):
+            for m, model in enumerate(models):
+                cells = table.loc[(corpus, model)][f"R@{k}"]
+                known = [i for i, found in enumerate(cells) if found != ""]
+                values = np.array([cells.iloc[i].value for i in known])
+                bounds = np.array([cells.iloc[i].interval for i in known]).reshape(-1, 2)
+                places = np.array(known) + (m - (len(models) - 1) / 2) * width
+                spread = [values - bounds[:, 0], bounds[:, 1] - values]
+                colour = sns.color_palette("colorblind")[m % 10]
+                axis.bar(places, values, 0.9 * width, color=colour, label=model)
+                axis.errorbar(places, values, spread, fmt="none", ecolor="black", elinewidth=1, capsize=3)
+            for i in np.flatnonzero(clips == 0):
+                axis.text(i, 0.03, "no clips", rotation=90, ha="center", va="bottom", color="0.35")
+            axis.set_xticks(range(len(bins)), [f"{name}\nn = {n}" for name, n in zip(bins, clips, strict=True)])
+            axis.set(title=f"{corpus}: R@{k}", ylim=(0, 1.02), xlim=(-0.6, len(bins) - 0.4))
+        row[0].set_ylabel("Recall@k")
+    for axis in axes[-1]:
+        axis.set_xlabel("duration of the clip to be found")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, loc="outside lower center")
     return figure
 
 
@@ -171,8 +223,3 @@ def players(hits: pd.DataFrame, query: str = "") -> HTML:
     head = "".join(f"<th>{name}</th>" for name in (*columns, "listen"))
     title = f"<b>{html.escape(query)}</b>" if query else ""
     return HTML(f"{title}<table><tr>{head}</tr>{''.join(rows)}</table>")
-
-
-def modality_gap(speech: NDArray, text: NDArray) -> float:
-    """Distance between the centroids of speech and text vectors (Liang et al. 2022): 0 where they share one place."""
-    return float(np.linalg.norm(speech.mean(axis=0) - text.mean(axis=0)))

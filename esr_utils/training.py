@@ -167,7 +167,7 @@ def begin(manifest: pd.DataFrame, run: str | Path, model_config: ModelConfig, co
     settings = {
         "model": model_config.to_dict(),
         "training": config.to_dict(),
-        "corpora": sorted(manifest["corpus"].unique()),
+        "corpora": manifest["corpus"].unique().tolist(),  # in their order, which the fingerprint depends on
         "roots": sorted(manifest["root"].unique()),
         "clips": {name: int(split.get(name, 0)) for name in ("train", "val", "test")},
         "prompts_sha256": _bank(config).sha256,

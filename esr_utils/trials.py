@@ -182,8 +182,12 @@ def evaluate_trials(trials: Trials, scores: Mapping[str, NDArray[np.floating]], 
     The paper's figure for a corpus is the mean of the rows. Equal scores everywhere give chance, k /
     n_candidates.
     """
-    values = trial_values(trials, scores, ks).drop(columns="utterance_id")
-    means = values.groupby("style", sort=False).mean().reset_index()
+    return style_means(trials, trial_values(trials, scores, ks))
+
+
+def style_means(trials: Trials, values: pd.DataFrame) -> pd.DataFrame:
+    """What `evaluate_trials` returns, from the `trial_values` that are there already."""
+    means = values.drop(columns="utterance_id").groupby("style", sort=False).mean().reset_index()
     means.insert(1, "n_trials", [len(trials.table[style]) for style in means["style"]])
     means.insert(2, "n_candidates", means["style"].map(trials.candidates_by_style))
     return means

@@ -269,7 +269,7 @@ def test_one_hot_encoder():
     # 2 is anywhere among seven.
     recall = [metrics.expected_trial_recall(similarity[i], relevant[i], 400, [1])[0] for i in range(3)]
     np.testing.assert_allclose(recall, [1 / 2, 1, (2 + 1 / 7) / 3])
-    assert metrics.accuracy(truth, heard) == pytest.approx(8 / 9)
+    assert metrics.accuracy(metrics.votes(similarity.T)[np.arange(9), truth]) == pytest.approx(8 / 9)
 
 
 # What holds for all of them ---------------------------------------------------------------------------------
@@ -339,24 +339,40 @@ def test_nan_and_missing_relevance_are_refused():
 def test_zero_shot_by_hand_and_as_in_scikit_learn():
     truth = np.array(["sad", "sad", "sad", "happy"])
     predicted = np.array(["sad", "sad", "angry", "sad"])
-    assert metrics.accuracy(truth, predicted) == 2 / 4
-    assert metrics.unweighted_average_recall(truth, predicted) == pytest.approx((2 / 3 + 0) / 2)
+    assert metrics.accuracy(truth == predicted) == 2 / 4
+    assert metrics.unweighted_average_recall(truth, truth == predicted) == pytest.approx((2 / 3 + 0) / 2)
     rng = np.random.default_rng(0)
     truth, predicted = rng.integers(0, 5, 200), rng.integers(0, 5, 200)
     weights = rng.integers(0, 3, (20, 200))
     np.testing.assert_allclose(
-        metrics.accuracy(truth, predicted, weights),
+        metrics.accuracy(truth == predicted, weights),
         [accuracy_score(truth, predicted, sample_weight=row) for row in weights],
     )
     np.testing.assert_allclose(
-        metrics.unweighted_average_recall(truth, predicted, weights),
+        metrics.unweighted_average_recall(truth, truth == predicted, weights),
         [balanced_accuracy_score(truth, predicted, sample_weight=row) for row in weights],
     )
 
 
+def test_votes_by_hand():
+    scores = [[0.3, 0.1, 0.2], [0.5, 0.5, 0.1], [0.0, 0.0, 0.0]]
+    np.testing.assert_allclose(metrics.votes(scores), [[1, 0, 0], [1 / 2, 1 / 2, 0], [1 / 3, 1 / 3, 1 / 3]])
+    with pytest.raises(ValueError, match="NaN"):
+        metrics.votes([[0.1, np.nan]])
+
+
+def test_votes_are_argmax_averaged_over_orders_of_the_styles():
+    """An argmax that takes the first of equal scores favours the style that is listed first; the mean does not."""
+    scores = np.random.default_rng(1).integers(0, 3, (12, 3)).astype(float)
+    truth = np.arange(12) % 3
+    argmax = [np.mean(np.array(order)[scores[:, order].argmax(1)] == truth) for order in permutations(range(3))]
+    assert len(set(argmax)) > 1
+    assert metrics.accuracy(metrics.votes(scores)[np.arange(12), truth]) == pytest.approx(np.mean(argmax))
+
+
 def test_a_style_that_a_replicate_lost_does_not_count():
     weights = np.array([[1, 1, 0], [0, 0, 2]])
-    found = metrics.unweighted_average_recall(["a", "a", "b"], ["a", "b", "b"], weights)
+    found = metrics.unweighted_average_recall(["a", "a", "b"], [1, 0, 1], weights)
     np.testing.assert_allclose(found, [1 / 2, 1])
 
 
@@ -396,8 +412,8 @@ def test_clips_alone_would_give_too_narrow_an_interval():
     recognised = speakers % 2  # all clips of a speaker, or none
     by_speaker, _ = intervals.speaker_bootstrap_weights(speakers, 1000, np.random.default_rng(0))
     by_clip, _ = intervals.speaker_bootstrap_weights(np.zeros(240), 1000, np.random.default_rng(0))
-    wide = intervals.interval(metrics.accuracy(recognised, np.ones(240), by_speaker), 0.5)
-    narrow = intervals.interval(metrics.accuracy(recognised, np.ones(240), by_clip), 0.5)
+    wide = intervals.interval(metrics.accuracy(recognised, by_speaker), 0.5)
+    narrow = intervals.interval(metrics.accuracy(recognised, by_clip), 0.5)
     assert wide[0] < narrow[0] < 0.5 < narrow[1] < wide[1]
     assert wide[1] - wide[0] > 4 * (narrow[1] - narrow[0])
 
@@ -407,6 +423,23 @@ def test_interval_is_the_percentiles_where_there_is_no_bias():
     np.testing.assert_allclose(intervals.interval(fractions, 0.5), [0.025, 0.975])
     np.testing.assert_allclose(intervals.interval([np.nan, *fractions, np.nan], 0.5), [0.025, 0.975])
     assert intervals.interval(fractions, 0.9) == [pytest.approx(0.425), 1.0]  # a fraction stays one
+
+
+def test_interval_of_a_difference_may_be_negative():
+    differences = np.linspace(-0.3, -0.1, 101)
+    assert intervals.interval(differences, -0.2, (-1.0, 1.0)) == pytest.approx([-0.295, -0.105])
+
+
+def test_seed_weights_give_the_spread_of_a_mean_over_seeds():
+    """The variance of a mean of n values is their variance, with n - 1 below the line, over n."""
+    values = np.array([0.1, 0.4, 0.3])
+    weights = intervals.seed_weights(3, 20_000)
+    np.testing.assert_allclose(weights.sum(axis=1), 1)
+    drawn = weights @ values
+    assert drawn.mean() == pytest.approx(values.mean(), abs=2e-3)
+    assert drawn.var() == pytest.approx(values.var(ddof=1) / 3, rel=0.03)
+    np.testing.assert_array_equal(intervals.seed_weights(1, 4), np.ones((4, 1)))
+    np.testing.assert_array_equal(intervals.seed_weights(3, 20_000), weights)  # two rows of as many seeds are paired
 
 
 def test_interval_of_recall_holds_the_truth_about_as_often_as_it_says():

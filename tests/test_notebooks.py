@@ -4,11 +4,13 @@ import json
 import re
 
 import nbformat
+import pandas as pd
 import pytest
 from papermill import execute_notebook
 from papermill.exceptions import PapermillExecutionError
 
-from esr_utils import runs
+from esr_utils import ablations, evaluation, manifests, runs, training
+from esr_utils.config import ABLATIONS, TrainConfig
 
 NOTEBOOKS = sorted((runs.PROJECT / "notebooks").glob("*.ipynb"))
 NAMES = [path.stem for path in NOTEBOOKS]
@@ -41,7 +43,8 @@ def test_quickstart_trains_evaluates_plots_searches_and_can_be_heard(folder):
     assert results["demo/n_candidates"] == 401
     assert 0 <= results["demo/seen/r@1"] <= results["demo/seen/r@10"] <= 1
     assert (run / "best" / "model.safetensors").is_file()
-    assert {path.name for path in (run / "figures").iterdir()} == {"training.png", "recall.png", "joint_space.png"}
+    figures = {path.name for path in (run / "figures").iterdir()}
+    assert figures == {f"{name}.{kind}" for name in ("training", "recall", "joint_space") for kind in ("png", "svg")}
     assert shown.count("<audio controls") == 3 * 6  # five sentences and one example, three players each
 
 
@@ -64,18 +67,67 @@ def test_training_notebook_writes_a_run_that_others_read(trained):
     assert [line["stage"] for line in runs.read_metrics(trained)][0] == "classify"
 
 
-def test_evaluation_notebook_writes_results_where_told(trained, folder):
-    shown = execute("04_evaluate", folder, cwd=folder, run=str(trained), split="val", results="my_results.json")
-    results = runs.read_json(folder / "my_results.json")
-    assert results["split"] == "val" and "demo/control/loudness/r@10" in results
-    assert (trained / "trials_demo.json.gz").is_file() and (trained / "figures" / "confusion_demo.png").is_file()
-    assert "seen" in shown and "held_out" in shown
+@pytest.fixture(scope="module")
+def tiny(folder, manifest, data_root, tiny_config):
+    """Two seeds of a tiny retriever and a baseline on "mini": the notebooks' parameters to evaluate them."""
+    config = TrainConfig().but(epochs=3, classify_epochs=1, align_epochs=1, batch_size=6)
+    for name, changes in (("tiny0", {}), ("tiny1", {"seed": 1}), ("base", {"objective": "classifier"})):
+        training.fit(manifest, folder / name, tiny_config, config.but(**changes))
+    return {"run": str(folder / "tiny0"), "data_root": str(data_root)}
 
 
-def test_map_notebook_draws_both_maps(trained, folder):
-    shown = execute("07_embedding_maps", folder, run=str(trained), split="val")
-    assert "modality gap" in shown
-    assert {"joint_tsne.png", "joint_umap.png"} <= {path.name for path in (trained / "figures").iterdir()}
+def exported(folder, *stems, kinds=("csv", "md", "tex")) -> bool:
+    return all((folder / f"{stem}.{kind}").stat().st_size for stem in stems for kind in kinds)
+
+
+def test_evaluation_notebook_writes_results_where_told_and_compares_runs(tiny, folder):
+    others = f"{folder / 'tiny1'}+{folder / 'base'}"
+    shown = execute("04_evaluate", folder, cwd=folder, **tiny, runs_compared=others, results="my_results.json")
+    results, run = runs.read_json(folder / "my_results.json"), folder / "tiny0"
+    assert "mini/control/loudness/r@10" in results and "mini/classifier/r@1" in results
+    assert (run / "trials_mini.json.gz").is_file()
+    assert exported(run / "figures", "recall", "confusion_mini", kinds=("png", "svg"))
+    assert exported(run / "tables", "headline", "table_two", "table_two_differences", "table_two_paper", "groups")
+    rows = pd.read_csv(run / "tables" / "table_two.csv", index_col="model")
+    assert rows["seeds"].tolist() == ["0, 1", "0"] and list(rows.index)[1].startswith("Baseline: ")
+    model, clips = training.load_run(folder / "tiny1")[0], manifests.load_corpora("mini", tiny["data_root"])
+    other = evaluation.evaluate(model, clips)
+    mean = (results["mini/seen/r@5"] + other.results["mini/seen/r@5"]) / 2
+    assert rows["mini R@5"].iloc[0] == pytest.approx(mean)
+    assert "RoBERTa + emotion2vec (paper)" in shown and "n.s." in shown
+
+
+def test_ablations_notebook_trains_every_variant_and_compares_them(folder, data_root, tiny_text, tiny_whisper):
+    run = folder / "ablations"
+    shown = execute(
+        "05_ablations", folder, corpora="mini", data_root=str(data_root), run=str(run), backbone=tiny_text,
+        speech_backbone=tiny_whisper, max_steps=3,
+    )  # fmt: skip
+    assert {path.name for path in run.iterdir()} - {"tables"} == {ablations.slug(variant) for variant in ABLATIONS}
+    assert exported(run / "tables", "table_three", "table_three_differences")
+    rows = pd.read_csv(run / "tables" / "table_three.csv")
+    assert rows["model"].tolist()[: len(ABLATIONS)] == list(ABLATIONS)
+    said = (run / "tables" / "table_three_in_words.md").read_text("utf-8")
+    assert said.count("- mini, ") == len(ABLATIONS) - 1 and "w/o pre-training" in shown
+
+
+def test_duration_notebook_shows_empty_bins(tiny, folder):
+    execute("06_duration_buckets", folder, **tiny, runs_compared=str(folder / "base"))
+    assert exported(folder / "tiny0" / "tables", "duration")
+    assert exported(folder / "tiny0" / "figures", "duration", kinds=("png", "svg"))
+    rows = pd.read_csv(folder / "tiny0" / "tables" / "duration.csv")
+    assert len(rows) == 2 * 5 and rows["clips"].sum() == 2 * 18
+    assert rows.loc[rows["clips"] == 0, "R@1"].isna().all() and rows.loc[rows["clips"] > 0, "R@1"].notna().all()
+
+
+def test_map_notebook_draws_both_maps_with_and_without_the_discriminator(tiny, folder):
+    execute("07_embedding_maps", folder, **tiny)
+    other = runs.read_json(folder / "tiny0-without-modality-discriminator" / "config.json")
+    assert other["training"]["adversarial_weight"] == 0
+    assert exported(folder / "tiny0" / "figures", "joint_tsne", "joint_umap", kinds=("png", "svg"))
+    rows = pd.read_csv(folder / "tiny0" / "tables" / "modality.csv", index_col="space")
+    assert list(rows.index) == ["with discriminator", "without discriminator"]
+    assert rows["linear probe, accuracy"].between(0, 1).all() and (rows["modality gap"] > 0).all()
 
 
 def test_unknown_parameter_stops_the_run_with_the_known_ones(folder):
@@ -110,4 +162,11 @@ def test_parameters_that_scripts_rely_on():
         "backbone", "speech_backbone", "corpora", "data_root", "run", "seed", "device", "level", "finetune",
         "objective", "epochs", "max_steps",
     }  # fmt: skip
-    assert declared["04_evaluate"] >= {"run", "corpora", "manifest", "data_root", "split", "results"}
+    assert declared["04_evaluate"] >= {
+        "run", "corpora", "manifest", "data_root", "split", "results", "runs_compared", "reference",
+    }  # fmt: skip
+    assert declared["05_ablations"] >= {
+        "corpora", "data_root", "run", "backbone", "speech_backbone", "seeds", "epochs", "max_steps",
+    }  # fmt: skip
+    assert declared["06_duration_buckets"] >= {"run", "runs_compared", "corpora", "data_root", "split"}
+    assert declared["07_embedding_maps"] >= {"run", "without", "corpora", "data_root", "split", "prompts"}

@@ -1,0 +1,96 @@
+"""Figures: what is drawn, read back from the axes, and the files they are written to."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from esr_utils import plots
+from esr_utils.comparison import DURATION_BINS
+from esr_utils.styles import STYLES
+from esr_utils.tables import Cell
+
+
+@pytest.fixture(autouse=True)
+def close():
+    yield
+    plt.close("all")
+
+
+def durations(models=("a", "b"), corpora=("demo",)) -> pd.DataFrame:
+    """Bins of 30 and 5 clips, then none."""
+    rows = {}
+    for corpus in corpora:
+        for m, model in enumerate(models):
+            for i, name in enumerate(DURATION_BINS):
+                value = 0.5 + 0.1 * m
+                cell = Cell(value, (value - 0.2, value + 0.1)) if i < 2 else ""
+                rows[corpus, model, name] = {"clips": (30, 5, 0, 0, 0)[i], "trials": 10, "R@1": cell, "R@5": cell}
+    index = pd.MultiIndex.from_tuples(rows, names=["corpus", "model", "duration"])
+    return pd.DataFrame(list(rows.values()), index)
+
+
+def test_bars_by_duration_show_values_intervals_clips_and_empty_bins():
+    figure = plots.recall_by_duration(durations())
+    first, second = figure.axes
+    assert [first.get_title(), second.get_title()] == ["demo: R@1", "demo: R@5"]
+    assert [bar.get_height() for bar in first.patches] == pytest.approx([0.5, 0.5, 0.6, 0.6])
+    np.testing.assert_allclose(first.collections[0].get_segments()[0][:, 1], [0.3, 0.6])
+    labels = [label.get_text() for label in first.get_xticklabels()]
+    assert labels[0] == "< 4 s\nn = 30" and labels[4] == "> 10 s\nn = 0"
+    assert [(text.get_text(), text.get_position()[0]) for text in first.texts] == [("no clips", i) for i in (2, 3, 4)]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+    overlap = [bar.get_x() + bar.get_width() for bar in first.patches[:2]]
+    assert all(bar.get_x() >= end for bar, end in zip(first.patches[2:], overlap, strict=True))
+
+
+def test_a_corpus_is_a_row_of_panels():
+    titles = [axis.get_title() for axis in plots.recall_by_duration(durations(("a",), ("demo", "esd"))).axes]
+    assert titles == ["demo: R@1", "demo: R@5", "esd: R@1", "esd: R@5"]
+
+
+def test_maps_side_by_side_share_their_colours():
+    rng = np.random.default_rng(0)
+    about = pd.DataFrame({"style": ["awe", "sad"] * 6, "modality": ["speech"] * 8 + ["text"] * 4})
+    joint = {name: (rng.standard_normal((12, 4)), about) for name in ("with_d", "without_d")}
+    figure = plots.joint_maps(joint, "tsne")
+    assert [axis.get_title() for axis in figure.axes] == [
+        f"{name}\ndots: speech, crosses: text" for name in ("with-d", "without-d")
+    ]
+    for axis in figure.axes:
+        dots, crosses = axis.collections
+        assert len(dots.get_offsets()) == 8 and len(crosses.get_offsets()) == 4
+        np.testing.assert_allclose(dots.get_facecolors()[0, :3], plots.COLOURS["awe"])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["awe", "sad"]
+    points = plots.project_2d(joint["with_d"][0], "tsne")
+    alone = plots.joint_map(points, list(about["style"]), list(about["modality"]), "x")
+    np.testing.assert_allclose(alone.axes[0].collections[0].get_offsets(), figure.axes[0].collections[0].get_offsets())
+
+
+def test_a_confusion_matrix_names_shares_in_percent():
+    counts = pd.DataFrame([[3, 1.0], [0, 0]], index=["awe", "sad"], columns=["awe", "sad"])
+    axis = plots.confusion(counts, "t").axes[0]
+    assert [text.get_text() for text in axis.texts] == ["75", "25", "", ""]
+
+
+def test_recall_per_style_has_a_bar_for_each_system():
+    rows = [
+        {"style": s, "system": system, "corpus": "demo", "r@10": 0.5, "n_candidates": 41}
+        for s in STYLES[:4]
+        for system in ("seen", "held_out", "classifier")
+    ]
+    figure = plots.recall_by_style(pd.DataFrame(rows))
+    assert len(figure.axes[0].patches) >= 12 and "1-in-41" in figure.axes[0].get_title()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["seen", "held_out", "classifier"]
+
+
+def test_a_figure_is_written_as_png_and_svg_the_same_each_time(tmp_path):
+    for name in ("a", "b"):
+        figure, axis = plt.subplots()
+        axis.plot([0, 1], [0, 1])
+        assert plots.save_figure(figure, tmp_path / name / "f.v1.png") == tmp_path / name / "f.v1.png"
+    assert (tmp_path / "a" / "f.v1.png").read_bytes().startswith(b"\x89PNG")
+    svg = (tmp_path / "a" / "f.v1.svg").read_bytes()
+    assert b"<svg" in svg and svg == (tmp_path / "b" / "f.v1.svg").read_bytes()
