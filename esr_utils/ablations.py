@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from esr_utils import evaluation, paper, runs, training, trials
+from esr_utils import paper, provenance, runs, training, trials
 from esr_utils.comparison import Entry
 from esr_utils.config import ABLATIONS, ModelConfig, TrainConfig
 
@@ -36,7 +36,7 @@ def train_all(
 
     Raises:
         ValueError: seeds is below 1.
-        training.RunExists: a folder holds a run with other settings.
+        provenance.RunExists: a folder holds a run with other settings.
     """
     if seeds < 1:
         raise ValueError(f"seeds is {seeds}; at least one must be trained")
@@ -56,13 +56,13 @@ def counterpart(run: str | Path, variant: str, data_root: str = "", device: str 
     """
     folder = runs.run_folder(run)
     settings = runs.read_json(folder / "config.json")
-    manifest = evaluation.clips_of_run(settings, data_root=data_root)
+    manifest = provenance.clips_of_run(settings, data_root=data_root)
     model_config, config = ModelConfig.from_dict(settings["model"]), TrainConfig.from_dict(settings["training"])
     changed = config.but(**ABLATIONS[variant])
     if changed == config:
         raise ValueError(f"{run} is itself a run {variant}: there is nothing to compare it with")
     counterpart = folder.with_name(f"{folder.name}-{slug(variant)}")
-    training.begin(manifest, counterpart, model_config, changed)
+    provenance.begin(manifest, counterpart, model_config, changed)
     if runs.read_json(counterpart / "config.json")["manifest_sha256"] != settings["manifest_sha256"]:
         raise ValueError(f"the clips of {'+'.join(settings['corpora'])} are not those that {run} was trained on")
     _train(manifest, counterpart, model_config, changed, device)
@@ -71,7 +71,7 @@ def counterpart(run: str | Path, variant: str, data_root: str = "", device: str 
 
 def _train(manifest: pd.DataFrame, folder: Path, model_config: ModelConfig, config: TrainConfig, device: str) -> None:
     """`training.fit`, which even of a finished run loads the backbones and embeds all prompts, only where needed."""
-    training.begin(manifest, folder, model_config, config)
+    provenance.begin(manifest, folder, model_config, config)
     state = folder / "resume.json"
     if not (state.is_file() and runs.read_json(state)["finished"]):
         training.fit(manifest, folder, model_config, config, device)

@@ -23,7 +23,6 @@ utterances (see `intervals`), never over the trials. Keys of the flat results:
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -35,13 +34,12 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from esr_utils import metrics, modality, runs, scoring, trials
+from esr_utils import metrics, modality, provenance, runs, scoring, trials
 from esr_utils.config import Level, TrainConfig
-from esr_utils.corpora import DEMO_FOLDER
 from esr_utils.embedding import CACHE, Embeddings, embed
-from esr_utils.manifests import load_corpora, read_manifest, to_cuts, with_root
+from esr_utils.manifests import to_cuts
 from esr_utils.retriever import StyleRetriever
-from esr_utils.styles import PROMPTS_PATH, STYLES, PromptBank
+from esr_utils.styles import STYLES, PromptBank
 from esr_utils.text import TextBackbone
 
 PROMPTS = ("seen", "held_out")
@@ -95,7 +93,7 @@ def options(settings: dict) -> dict:
         systems = PROMPTS
     else:
         systems = SYSTEMS
-    bank = PromptBank.load(config.prompt_bank or PROMPTS_PATH)
+    bank = provenance.bank_of_run(config)
     return {"level": config.level, "systems": systems, "held_out_styles": config.held_out_styles, "bank": bank}
 
 
@@ -208,25 +206,6 @@ def _score(found: Evaluation, corpus: str, system: str, scores: NDArray) -> pd.D
     found.results |= _prefixed(f"{corpus}/{CLASSIFICATION[system]}", values)
     found.replicates |= _prefixed(f"{corpus}/{CLASSIFICATION[system]}", replicates)
     return by_style.assign(corpus=corpus, system=system)
-
-
-def clips_of_run(settings: dict, corpora: str = "", manifest: str = "", data_root: str = "") -> pd.DataFrame:
-    """The manifest to evaluate a run on: a CSV if given, else named corpora, else those that the run was trained on.
-
-    Args:
-        settings: the run's config.json; says where its corpora were, which is where others are looked for too.
-        corpora: "ravdess+emodb".
-        manifest: path of a manifest CSV, whose audio is beside it.
-        data_root: folder of the corpora, if not where the run had them and not $ESR_DATA.
-
-    Raises:
-        ManifestError, CorpusError: see `manifests.load_corpora`.
-    """
-    if manifest:
-        return with_root(read_manifest(manifest), Path(manifest).parent)
-    trained_in = [str(Path(root).parent) for root in settings["roots"] if Path(root) != DEMO_FOLDER]
-    roots = [data_root, os.environ.get("ESR_DATA"), *trained_in]
-    return load_corpora(corpora or settings["corpora"], next(filter(None, roots), None))
 
 
 @torch.no_grad()

@@ -13,8 +13,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,24 +22,18 @@ import pandas as pd
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast, gather_object
-from filelock import FileLock, Timeout
 from lhotse.cut import Cut
 from tqdm.auto import tqdm
 
-from esr_utils import batches, checkpoints, embedding, runs, weights
+from esr_utils import batches, checkpoints, embedding, provenance, runs, weights
 from esr_utils.config import SAMPLE_RATE, ConfigError, ModelConfig, TrainConfig
-from esr_utils.corpora import DEMO_FOLDER, reading
 from esr_utils.losses import NO_STYLE
 from esr_utils.manifests import load_corpora, to_cuts
 from esr_utils.objective import Objective, Values
 from esr_utils.retriever import StyleRetriever
-from esr_utils.styles import PROMPTS_PATH, STYLES, PromptBank
+from esr_utils.styles import STYLES
 
 VALIDATION = 2**31  # stands where an epoch would, in the seed of the validation's fixed prompts and order
-
-
-class RunExists(ValueError):
-    """The run folder holds a run with other settings, or another process trains it; the message says which."""
 
 
 def fit(
@@ -67,7 +60,7 @@ def fit(
             on with a run that was begun.
 
     Raises:
-        RunExists: the folder holds a run with other settings, or another process trains it.
+        provenance.RunExists: the folder holds a run with other settings, or another process trains it.
         ConfigError: settings that do not go together or name what is not there.
         ValueError: no usable training clip, or no such device.
         FloatingPointError: a loss is no longer a number.
@@ -77,7 +70,7 @@ def fit(
     if config.prompt_bank:
         config = config.but(prompt_bank=str(Path(config.prompt_bank).expanduser().resolve()))
     folder, place = runs.run_folder(run), runs.pick_device(device)
-    begin(manifest, folder, model_config, config)
+    provenance.begin(manifest, folder, model_config, config)
     if processes > 1:
         _launch(manifest, folder, device, cache, processes)
     else:
@@ -87,7 +80,8 @@ def fit(
 
 def _launch(manifest: pd.DataFrame, folder: Path, device: str, cache: Path, processes: int) -> None:
     """`go_on` in several processes, as accelerate's launcher starts them."""
-    if _fingerprint(_clips_of(runs.read_json(folder / "config.json"))) != _fingerprint(manifest):
+    found = provenance.clips_of_run(runs.read_json(folder / "config.json"))
+    if provenance.fingerprint(found) != provenance.fingerprint(manifest):
         raise ValueError("several processes read the corpora themselves: give the manifest as load_corpora has it")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     environment = os.environ | ({"ACCELERATE_USE_CPU": "true"} if device == "cpu" else {})
@@ -122,92 +116,14 @@ def go_on(run: str | Path, device: str = "auto", cache: Path = embedding.CACHE) 
 
     Raises:
         weights.WeightsError: no such run.
-        RunExists: the corpora are not what they were.
+        provenance.RunExists: the corpora are not what they were.
     """
     folder = runs.run_folder(run)
     if not (folder / "config.json").is_file():
         raise weights.WeightsError(f"{folder} holds no config.json: begin the run with notebook 03_train")
     settings = runs.read_json(folder / "config.json")
     configs = ModelConfig.from_dict(settings["model"]), TrainConfig.from_dict(settings["training"])
-    return fit(_clips_of(settings), folder, *configs, device, cache)
-
-
-def _clips_of(settings: dict) -> pd.DataFrame:
-    """The manifest that a run's config.json names, as it is now."""
-    roots = [Path(root).parent for root in settings["roots"] if Path(root) != DEMO_FOLDER]
-    return load_corpora(settings["corpora"], next(iter(roots), None))
-
-
-def _fingerprint(manifest: pd.DataFrame) -> str:
-    decisive = ["utterance_id", "path", "start_s", "end_s", "channel", "split", "style", "caption"]
-    return runs.text_sha256(manifest[decisive].to_csv(index=False))
-
-
-def _bank(config: TrainConfig) -> PromptBank:
-    try:
-        return PromptBank.load(config.prompt_bank or PROMPTS_PATH)
-    except OSError as error:
-        raise ConfigError(f"prompt_bank: {error}") from None
-
-
-def begin(manifest: pd.DataFrame, run: str | Path, model_config: ModelConfig, config: TrainConfig) -> None:
-    """Writes a run's config.json, or checks that the one there says the same; `go_on` trains it.
-
-    A config.json that no epoch has followed is written anew.
-
-    Raises:
-        RunExists: the folder holds a run with other settings.
-        ConfigError: one corpus in two readings (expresso+expresso-paper), or no such prompt bank.
-    """
-    folder = runs.run_folder(run)
-    corpora = [reading(corpus)[0] for corpus in manifest["corpus"].unique()]
-    if twice := sorted({corpus for corpus in corpora if corpora.count(corpus) > 1}):
-        raise ConfigError(f"corpora: {', '.join(twice)} in two readings: what is test in one is train in the other")
-    split = manifest["split"].value_counts()
-    settings = {
-        "model": model_config.to_dict(),
-        "training": config.to_dict(),
-        "corpora": manifest["corpus"].unique().tolist(),  # in their order, which the fingerprint depends on
-        "roots": sorted(manifest["root"].unique()),
-        "clips": {name: int(split.get(name, 0)) for name in ("train", "val", "test")},
-        "prompts_sha256": _bank(config).sha256,
-        "manifest_sha256": _fingerprint(manifest),
-    }
-    there = runs.read_json(folder / "config.json") if (folder / "config.json").is_file() else None
-    if there is None or (_is_run(there) and not (folder / "resume.json").is_file()):
-        with _held(folder):
-            runs.write_json(folder / "config.json", settings | {"versions": runs.versions()})
-    elif (
-        changed := _changed(there, json.loads(json.dumps(settings))) if _is_run(there) else ["not a run's config.json"]
-    ):
-        raise RunExists(
-            f"{folder} holds another run ({'; '.join(changed)}): choose another `run`, or delete that folder"
-        )
-
-
-def _is_run(settings: object) -> bool:
-    return isinstance(settings, dict) and {"model", "training"} <= set(settings)
-
-
-def _changed(there: dict, now: dict) -> list[str]:
-    """Where the settings of two runs differ, in words. A setting that the older one does not know has its default."""
-    changed = []
-    for part, kind in (("model", ModelConfig), ("training", TrainConfig)):
-        before = json.loads(json.dumps(kind.from_dict(there[part]).to_dict()))
-        changed += [f"{part}.{k}: {before[k]!r} there, {v!r} now" for k, v in now[part].items() if before[k] != v]
-    whole = ("corpora", "prompts_sha256", "manifest_sha256")
-    return changed + [f"{key}: other than now" for key in whole if there.get(key) != now[key]]
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Only one process at a time writes a run's folder; the lock ends with its holder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            yield
-    except Timeout:
-        raise RunExists(f"another process trains {folder}: wait for it, or choose another `run`") from None
+    return fit(provenance.clips_of_run(settings), folder, *configs, device, cache)
 
 
 class _Trainer:
@@ -217,7 +133,7 @@ class _Trainer:
         self.accelerator = Accelerator(
             mixed_precision="no", log_with="tensorboard", project_dir=folder, kwargs_handlers=[patient]
         )
-        self.bank = _bank(config)
+        self.bank = provenance.bank_of_run(config)
         runs.seed_everything(config.seed)
         # One process may train here and there in its life, which Accelerate's own choice of device does not allow.
         here = self.accelerator.device if self.accelerator.num_processes > 1 else runs.pick_device(device)
@@ -281,7 +197,7 @@ class _Trainer:
                 embedding.skipped_table(list(self.skipped.items())).to_csv(temporary, index=False)
 
     def run(self) -> None:
-        with _held(self.folder) if self.accelerator.is_main_process else nullcontext():
+        with provenance.held(self.folder) if self.accelerator.is_main_process else nullcontext():
             self._run()
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()

@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 
-from esr_utils import ablations, evaluation, retriever, runs, training, trials
+from esr_utils import ablations, evaluation, provenance, retriever, runs, training, trials
 from esr_utils.comparison import Entry
 from esr_utils.config import ABLATIONS, TrainConfig
 from esr_utils.manifests import load_corpora
@@ -61,7 +61,7 @@ def test_every_variant_and_seed_is_trained_once(manifest, tiny_config, folder, m
     monkeypatch.setattr(training, "fit", None)  # nothing is left to train
     assert ablations.train_all(manifest, folder, tiny_config, CONFIG, seeds=2) == trained
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
-    with pytest.raises(training.RunExists, match="holds another run"):
+    with pytest.raises(provenance.RunExists, match="holds another run"):
         ablations.train_all(manifest, folder, tiny_config, CONFIG.but(epochs=4), seeds=1)
     with pytest.raises(ValueError, match="seeds is 0"):
         ablations.train_all(manifest, folder, tiny_config, CONFIG, seeds=0)

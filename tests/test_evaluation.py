@@ -15,7 +15,8 @@ from esr_utils import evaluation, modality, runs, trials
 from esr_utils.config import TrainConfig
 from esr_utils.corpora import DEMO_FOLDER
 from esr_utils.embedding import Embeddings
-from esr_utils.evaluation import SYSTEMS, clips_of_run, evaluate, style_queries
+from esr_utils.evaluation import SYSTEMS, evaluate, style_queries
+from esr_utils.provenance import clips_of_run
 from esr_utils.styles import PROMPTS_PATH, STYLES, PromptBank
 
 RECALLS = ("r@1", "r@5", "r@10", "r@20", "map@10")

@@ -18,11 +18,12 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 
-from esr_utils import checkpoints, retriever, runs, training, weights
+from esr_utils import checkpoints, provenance, retriever, runs, training, weights
 from esr_utils.config import ConfigError, ModelConfig, TrainConfig
+from esr_utils.provenance import RunExists
 from esr_utils.retriever import StyleRetriever
-from esr_utils.styles import STYLES
-from esr_utils.training import RunExists, fit
+from esr_utils.styles import PROMPTS_PATH, STYLES, PromptBank
+from esr_utils.training import fit
 
 CONFIG = TrainConfig(
     epochs=5,
@@ -612,7 +613,7 @@ def prompts_used(monkeypatch) -> dict[str, set[str]]:
 
 
 def test_a_clip_is_described_by_prompts_of_its_style_and_without_one_by_its_caption(train, manifest, prompts_used):
-    bank = training.PromptBank.load()
+    bank = PromptBank.load()
     unlabelled = manifest.index[manifest["split"] == "train"][[0, 5]]
     rows = manifest.copy()
     rows.loc[unlabelled, "style"] = ""
@@ -720,7 +721,7 @@ def test_bf16_where_asked_for(train):
 
 
 def test_another_bank_of_prompts_is_another_run(train, tmp_path):
-    bank = json.loads(training.PROMPTS_PATH.read_text("utf-8"))
+    bank = json.loads(PROMPTS_PATH.read_text("utf-8"))
     bank["styles"]["angry"]["phrases"][0] = "thunderous"
     (tmp_path / "bank.json").write_text(json.dumps(bank))
     train("run", epochs=1)
@@ -757,9 +758,10 @@ def test_the_papers_recipe_to_the_letter():
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        ("epochs", -1), ("epochs", "3"), ("batch_size", 2.5), ("batch_size", 0), ("max_steps", -1), ("layer_decay", 2.0),
-        ("layer_decay", 0.0), ("adversarial_weight", float("nan")), ("classify_epochs", -5), ("chunk_size", -1),
-        ("betas", (0.9, 1.0)), ("precision", "fp16"), ("held_out_styles", "calm"), ("seed", -1), ("crop_s", True),
+        ("epochs", -1), ("epochs", "3"), ("batch_size", 2.5), ("batch_size", 0), ("max_steps", -1),
+        ("layer_decay", 2.0), ("layer_decay", 0.0), ("adversarial_weight", float("nan")), ("classify_epochs", -5),
+        ("chunk_size", -1), ("betas", (0.9, 1.0)), ("precision", "fp16"), ("held_out_styles", "calm"), ("seed", -1),
+        ("crop_s", True),
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused_by_name(setting, value):
@@ -786,7 +788,7 @@ def test_a_folder_that_is_no_runs_is_left_as_it_is(train):
 
 
 def test_two_at_once_in_one_folder_are_refused(train):
-    with training._held(train.folder / "run"), pytest.raises(RunExists, match="another process trains"):
+    with provenance.held(train.folder / "run"), pytest.raises(RunExists, match="another process trains"):
         train("run", epochs=1)
     train("run", epochs=1)
 
