@@ -123,8 +123,7 @@ class StyleRetriever(nn.Module):
         L is 1, the last layer, where layers are not mixed.
         """
         waveform, n_samples = batch["waveform"].to(self.device), batch["n_samples"].to(self.device)
-        layers, mask = self.speech.layers(waveform, n_samples)
-        layers = layers if self.config.mix_layers else layers[:, -1:]
+        layers, mask = self.speech.layers(waveform, n_samples, last_only=not self.config.mix_layers)
         return layers, mask, active_frames(waveform, n_samples, self.speech.hop, mask.shape[1])
 
     def speech_vectors(self, batch: dict) -> Tensor:

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoModelForTextEncoding, AutoTokenizer
 
 from esr_utils import weights
 
 _CLS = ("bert", "roberta", "xlm-roberta")  # model types whose first token stands for the text (ESR section III-B)
+_ENCODER_DECODER = ("t5", "mt5", "umt5")  # of which the encoder alone is used
 _BATCH = 256
 
 
@@ -49,10 +50,15 @@ class TextBackbone(nn.Module):
 
     @torch.no_grad()
     def tokens(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Token vectors (B, T, D) and their mask (B, T), True where valid. Texts past the model's limit are cut."""
+        """Token vectors (B, T, D) and their mask (B, T), True where valid. Texts past the model's limit are cut.
+
+        In fp32 whatever autocast says: the vectors are kept, and T5's do not bear half precision.
+        """
         options = {"padding": True, "truncation": True, "max_length": self.max_tokens, "return_tensors": "pt"}
         encoded = self.tokenizer(texts, **options).to(self.device)
-        return self.model(**encoded).last_hidden_state, encoded["attention_mask"].bool()
+        with torch.autocast(self.device.type, enabled=False):
+            hidden = self.model(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"])
+        return hidden.last_hidden_state, encoded["attention_mask"].bool()
 
     def embed(self, texts: list[str]) -> Tensor:
         """(B, D) float32, not normalised; each distinct text is run once in the life of this object."""
@@ -83,7 +89,8 @@ def load_text_backbone(name: str) -> TextBackbone:
     """A frozen text backbone on the CPU.
 
     Args:
-        name: `minilm` (the default), or the hub id or folder of an encoder that transformers' AutoModel loads.
+        name: `minilm` (the default), `bert`, `roberta`, `t5` or `flan-t5` (whose encoder is used), or the hub id or
+            folder of such a model, or of another encoder that transformers' AutoModel loads.
 
     Raises:
         weights.WeightsError: not found or damaged.
@@ -91,9 +98,12 @@ def load_text_backbone(name: str) -> TextBackbone:
     folder = weights.find(name)
     model_type = weights.model_type(folder)
     options = {"add_pooling_layer": False} if model_type in _CLS else {}
-    model = weights.load_pretrained(AutoModel, folder, dtype=torch.float32, **options)
+    kind = AutoModelForTextEncoding if model_type in _ENCODER_DECODER else AutoModel
+    model = weights.load_pretrained(kind, folder, **options)
     if not list(folder.glob("tokenizer.json")) + list(folder.glob("vocab*")) + list(folder.glob("*.model")):
         raise weights.WeightsError(
             f"{folder} holds no tokenizer: tokenizer.json, a vocabulary or a sentencepiece model"
         )
-    return TextBackbone(model, AutoTokenizer.from_pretrained(folder), _pooling_of(folder, model_type))
+    with weights.quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    return TextBackbone(model, tokenizer, _pooling_of(folder, model_type))

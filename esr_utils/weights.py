@@ -2,6 +2,9 @@
 
 A backbone's name is looked for in this order: a local folder; `$ESR_MODELS/<hub id>`; the pinned package that ships the
 weights (sha256 of the file checked); the hub's cache or the hub itself. Nothing is fetched at import.
+
+Weights are read as tensors and nothing else: from safetensors where there are any, else from a `.bin` or `.pt` file by
+an unpickler that knows only tensors and plain containers.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 
@@ -51,12 +55,29 @@ PACKAGED = {
     ),
 }
 
+_SPEECH = "config.json, preprocessor_config.json, pytorch_model.bin"
+_TEXT = "config.json, model.safetensors, tokenizer.json, tokenizer_config.json"
+
+# Short name: hub id, and the files that are needed of it.
+HUB = {
+    "wavlm": ("microsoft/wavlm-base-plus", _SPEECH),
+    "wavlm-large": ("microsoft/wavlm-large", _SPEECH),
+    "hubert": ("facebook/hubert-base-ls960", _SPEECH),
+    "wav2vec2": ("facebook/wav2vec2-base", _SPEECH),
+    "emotion2vec": ("emotion2vec/emotion2vec_base", "config.yaml, emotion2vec_base.pt"),
+    "whisper-base": ("openai/whisper-base", "config.json, model.safetensors"),
+    "bert": ("google-bert/bert-base-uncased", _TEXT),
+    "roberta": ("FacebookAI/roberta-base", _TEXT),
+    "t5": ("google-t5/t5-base", _TEXT),
+    "flan-t5": ("google/flan-t5-base", _TEXT),
+}
+
 
 def find(name: str) -> Path:
     """The folder that holds a backbone's weights.
 
     Args:
-        name: a short name of PACKAGED, a hub id (`owner/model`) or a local folder.
+        name: a short name of PACKAGED or HUB, a hub id (`owner/model`) or a local folder.
 
     Raises:
         WeightsError: nothing was found, or a packaged file is not the pinned one.
@@ -64,7 +85,7 @@ def find(name: str) -> Path:
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser().resolve()
     packaged = PACKAGED.get(name)
-    hub_id = packaged.hub_id if packaged else name
+    hub_id = packaged.hub_id if packaged else HUB.get(name, (name,))[0]
     local = Path(os.environ.get("ESR_MODELS", "")) / hub_id
     if os.environ.get("ESR_MODELS") and local.is_dir():
         return local.resolve()
@@ -84,16 +105,23 @@ def _from_hub(hub_id: str, name: str) -> Path:
     from huggingface_hub import snapshot_download  # only here, so that nothing else needs a network
     from huggingface_hub.errors import HFValidationError
 
+    unknown = "config.json, model.safetensors or pytorch_model.bin, and of a text model the tokenizer's files"
+    _, files = HUB.get(name, (hub_id, unknown))
     advice = (
-        f"give a folder, or put {hub_id} (config, tokenizer, model.safetensors) into $ESR_MODELS/{hub_id}, "
-        f"or run once where the hub can be reached. Known short names: {', '.join(PACKAGED)}."
+        f"download {files} from https://huggingface.co/{hub_id} into a folder and give that, or into "
+        f"$ESR_MODELS/{hub_id}; or run once where the hub can be reached. "
+        f"Known short names: {', '.join((*PACKAGED, *HUB))}."
     )
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"]))
+        small = ["*.json", "*.txt", "*.model", "*.jinja", "*.yaml"]
+        folder = Path(snapshot_download(hub_id, allow_patterns=[*small, "*.safetensors"]))
+        if not list(folder.glob("*.safetensors")):  # many repositories hold the same weights in several formats
+            folder = Path(snapshot_download(hub_id, allow_patterns=[*small, "pytorch_model.bin", "*.pt"]))
     except HFValidationError:
         raise WeightsError(f"no backbone is called {name!r}: {advice}") from None
     except Exception as error:  # the hub's client raises a dozen kinds, and each means: not to be had here
         raise WeightsError(f"no weights for {name!r} on this machine ({type(error).__name__}): {advice}") from error
+    return folder
 
 
 def check_sha256(file: Path, expected: str) -> None:
@@ -125,19 +153,87 @@ def quiet_transformers():
             logging.enable_progress_bar()
 
 
-def load_pretrained(kind: type, folder: Path, **options) -> nn.Module:
-    """`kind.from_pretrained` from safetensors only, quietly, and with nothing drawn at random.
+def weights_file(folder: Path) -> Path:
+    """The file with a folder's weights, safetensors first, or WeightsError if there is none."""
+    for pattern in ("*.safetensors", "pytorch_model.bin", "*.pt"):
+        if found := sorted(folder.glob(pattern)):
+            return found[0]
+    raise WeightsError(f"{folder} holds no weights: put model.safetensors, pytorch_model.bin or a .pt file there")
+
+
+def read_state(file: Path) -> dict[str, Tensor]:
+    """Tensors by name, from safetensors or from what `torch.save` wrote of a module.
+
+    Training scripts put the module's state into a dict with other things, under one of the keys known here.
 
     Raises:
-        WeightsError: the folder holds no whole model.
+        WeightsError: the file is damaged, or holds anything but tensors and plain containers.
     """
     try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # both readers raise many kinds, and each means: not to be used
+        raise WeightsError(
+            f"{file} is damaged, or holds more than tensors, which could run as a program when read "
+            f"({type(error).__name__}): get it anew from where it was published"
+        ) from None
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
+    if not tensors:
+        raise WeightsError(f"{file} holds no tensors by name")
+    return tensors
+
+
+def load_state(module: nn.Module, state: dict[str, Tensor], source: Path) -> None:
+    """Sets every parameter and buffer of a module, fp32, from `state`, which may hold others too.
+
+    Raises:
+        WeightsError: one is missing or has another shape.
+    """
+    wanted = module.state_dict()
+    missing = [name for name in wanted if name not in state]
+    if missing:
+        raise WeightsError(f"{source} lacks {len(missing)} weights: {', '.join(missing[:5])}")
+    wrong = [
+        f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}" for k, v in wanted.items() if state[k].shape != v.shape
+    ]
+    if wrong:
+        raise WeightsError(f"{source} does not fit its config: {', '.join(wrong[:5])}")
+    module.load_state_dict({name: state[name].float() for name in wanted}, strict=True, assign=True)
+
+
+def load_pretrained(kind: type, folder: Path, **options) -> nn.Module:
+    """`kind.from_pretrained`, in fp32 unless `dtype` is given, quietly, and with nothing drawn at random.
+
+    Args:
+        kind: a model class of transformers, or one of its Auto classes.
+
+    Raises:
+        WeightsError: the folder holds no whole model, or weights that do not fit its config.
+    """
+    file = weights_file(folder)
+    state = None if file.suffix == ".safetensors" else read_state(file)
+    options = {"dtype": torch.float32} | options | {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
         with quiet_transformers():
-            model, found = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
+            if state is None:
+                model, found = kind.from_pretrained(folder, use_safetensors=True, **options)
+            else:
+                config = transformers.AutoConfig.from_pretrained(folder)
+                if hasattr(kind, "from_config"):  # an Auto class: which it stands for here, without making weights
+                    with torch.device("meta"):
+                        kind = type(kind.from_config(config))
+                model, found = kind.from_pretrained(None, config=config, state_dict=state, **options)
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         raise WeightsError(f"{folder} holds no whole model: {error}") from error
     if found["missing_keys"]:
         raise WeightsError(f"{folder} lacks weights: {', '.join(sorted(found['missing_keys'])[:5])}")
+    if found["mismatched_keys"]:
+        wrong = [f"{name} {tuple(has)} for {tuple(wants)}" for name, has, wants in sorted(found["mismatched_keys"])]
+        raise WeightsError(f"{folder} does not fit its config.json: {', '.join(wrong[:5])}")
     return model
 
 

@@ -11,10 +11,13 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import copy
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import tiny_models
 import torch
 from transformers import BertConfig, BertModel, BertTokenizer, WhisperConfig, WhisperModel
 
@@ -103,6 +106,28 @@ def tiny_whisper(tmp_path_factory: pytest.TempPathFactory) -> str:
     with weights.quiet_transformers():
         WhisperModel(config).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_speech(tmp_path_factory: pytest.TempPathFactory, tiny_whisper: str) -> Callable[[str], str]:
+    """From a kind of speech backbone to a folder with a random one: a few layers, 50 frames a second.
+
+    Kinds: wavlm, hubert, wav2vec2 (as the base models: group norm), their names with "-large" (layer norm, norm first,
+    waveform normalised), emotion2vec, whisper.
+    """
+    root = tmp_path_factory.mktemp("speech")
+
+    @cache
+    def folder(kind: str) -> str:
+        if kind == "whisper":
+            return tiny_whisper
+        if kind == "emotion2vec":
+            config = tiny_models.emotion2vec_config(**tiny_models.TINY_EMOTION2VEC)
+            return tiny_models.write_emotion2vec(root / kind, config, tiny_models.emotion2vec_model(config))
+        family, _, large = kind.partition("-")
+        return tiny_models.write_wav2vec2(root / kind, family, **(tiny_models.LARGE if large else tiny_models.BASE))
+
+    return folder
 
 
 @pytest.fixture(scope="session")

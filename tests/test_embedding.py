@@ -39,9 +39,9 @@ def clips_run(tiny_model, monkeypatch) -> list[int]:
     """Notes how many clips each pass through the backbone takes."""
     seen, layers = [], tiny_model.speech.layers
 
-    def noted(waveform, n_samples):
+    def noted(waveform, n_samples, last_only):
         seen.append(len(n_samples))
-        return layers(waveform, n_samples)
+        return layers(waveform, n_samples, last_only)
 
     monkeypatch.setattr(tiny_model.speech, "layers", noted)
     return seen

@@ -14,11 +14,14 @@ ROOT = Path(esr_utils.__file__).parent
 LAYERS = {
     "leaves": (
         "config", "runs", "weights", "styles", "metrics", "intervals", "losses", "audio_files",
-        "manifest_schema", "tables",
+        "manifest_schema", "modality", "tables", "paper",
     ),
-    "data": ("manifests", "corpora", "batches", "acoustics", "trials"),
-    "models": ("speech", "text", "retriever", "embedding"),
-    "top": ("training", "evaluation", "index", "plots"),
+    "data": ("manifests", "corpora", "provenance", "batches", "acoustics", "trials", "scoring", "controls"),
+    "models": ("speech", "text", "chat", "retriever", "embedding"),
+    "top": (
+        "objective", "checkpoints", "training", "evaluation", "comparison", "ablations", "spaces", "index",
+        "generation", "plots",
+    ),
 }  # fmt: skip
 LAYER = {module: i for i, modules in enumerate(LAYERS.values()) for module in modules}
 
@@ -87,6 +90,7 @@ def test_training_and_evaluation_never_import_each_other():
 def test_there_is_no_circle():
     graph = {name: own_modules(name) - {module_of(name)} for name in MODULES if "/" not in name}
     graph["corpora"] = own_modules("corpora/__init__") - {"corpora"}
+    graph["speech"] = {m for name in MODULES if module_of(name) == "speech" for m in own_modules(name)} - {"speech"}
     done: set[str] = set()
     while ready := {name for name, needs in graph.items() if name not in done and needs <= done}:
         done |= ready
@@ -96,14 +100,20 @@ def test_there_is_no_circle():
 @pytest.mark.parametrize(
     ("libraries", "allowed"),
     [
-        ({"transformers", "tokenizers", "funasr"}, {"speech", "text", "weights"}),
+        ({"transformers", "tokenizers", "funasr"}, {"speech", "text", "chat", "weights"}),
         ({"matplotlib", "seaborn"}, {"plots"}),
-        ({"accelerate"}, {"training"}),
+        ({"accelerate"}, {"training", "objective"}),
     ],
 )
 def test_few_modules_know_a_library(libraries, allowed):
-    found = {n for n in MODULES if libraries & {i.split(".")[0] for i in imported(ast.walk(TREES[n]))}}
+    found = {module_of(n) for n in MODULES if libraries & {i.split(".")[0] for i in imported(ast.walk(TREES[n]))}}
     assert found <= allowed and found
+
+
+def test_speech_alone_needs_no_models_library():
+    """A backbone's own library is imported when such a backbone is loaded."""
+    for name in ("speech/__init__", "speech/interface", "speech/logmel"):
+        assert not {"transformers", "funasr", "omegaconf"} & {i.split(".")[0] for i in imported(top_level(TREES[name]))}
 
 
 @pytest.mark.parametrize("name", [*MODULES, "__init__"])
@@ -135,10 +145,22 @@ def test_nothing_is_fetched_at_import(name):
             assert called not in FETCHES, f"{name}, line {node.lineno}: {called}"
 
 
+def pickling(tree: ast.Module) -> list[ast.Attribute]:
+    """Where a module names torch.load or torch.save."""
+    attributes = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)]
+    return [n for n in attributes if n.value.id == "torch" and n.attr in ("save", "load")]
+
+
 @pytest.mark.parametrize("name", [*MODULES, "__init__"])
 def test_no_pickle_is_read_or_written(name):
-    """`torch.load` and `torch.save` are pickles too."""
+    """`torch.load` and `torch.save` are pickles too; foreign weights are read at one place, as tensors only."""
     assert not {"pickle", "joblib", "dill"} & {i.split(".")[0] for i in imported(ast.walk(TREES[name]))}
-    for node in ast.walk(TREES[name]):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
-            assert node.attr not in ("save", "load"), f"{name}, line {node.lineno}"
+    if name != "weights":
+        assert not pickling(TREES[name]), f"{name}, line {pickling(TREES[name])[0].lineno}"
+
+
+def test_the_one_unpickler_reads_only_tensors():
+    (place,) = pickling(TREES["weights"])
+    (call,) = [n for n in ast.walk(TREES["weights"]) if isinstance(n, ast.Call) and n.func is place]
+    given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    assert place.attr == "load" and given["weights_only"] is True

@@ -13,11 +13,13 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+from transformers import AutoTokenizer, BertModel, WavLMModel
 
-from esr_utils import losses, runs
-from esr_utils.config import TrainConfig
+from esr_utils import losses, runs, weights
+from esr_utils.config import ModelConfig, TrainConfig
 from esr_utils.objective import Objective
 from esr_utils.retriever import StyleRetriever
+from esr_utils.styles import STYLES
 
 CONFIG = TrainConfig(contrastive_weight=3.0, adversarial_weight=0.1, classification_weight=0.25, discriminator_hidden=8)
 PROMPTS = ["an angry voice", "a calm voice", "whispered", "speech", "a happy voice", "a sad voice", "it is fast"]
@@ -53,7 +55,7 @@ def assert_same(found: dict, expected: dict, tolerance: float = 1e-5) -> None:
     """Largest difference relative to the gradient's largest entry."""
     assert set(found) == set(expected)
     for name, value in expected.items():
-        scale = float(value.abs().max()) or 1.0
+        scale = max(float(value.abs().max()), 1e-4)  # some are 0 but for rounding: attention's key bias
         assert float((found[name] - value).abs().max()) <= tolerance * scale, name
 
 
@@ -202,6 +204,7 @@ from safetensors.torch import save_file
 from esr_utils.config import ModelConfig, TrainConfig
 from esr_utils.objective import Objective
 from esr_utils.retriever import StyleRetriever
+from esr_utils.styles import STYLES
 
 model, config, prompts, chunk_size, folder = json.loads(sys.argv[1])
 torch.manual_seed(3)
@@ -252,9 +255,49 @@ def test_two_processes_have_the_loss_and_the_gradients_of_one(tiny_model, tiny_c
 # The published step -----------------------------------------------------------------------------------------
 
 
-def naive_step():
+def naive_step(speech: str, text: str):
+    """benchmarks/naive_step.py on the models of two folders, without their dropout."""
     file = runs.PROJECT / "benchmarks" / "naive_step.py"
     spec = importlib.util.spec_from_file_location("naive_step", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    with weights.quiet_transformers():
+        wavlm = WavLMModel.from_pretrained(speech, apply_spec_augment=False, layerdrop=0.0)
+        bert = BertModel.from_pretrained(text, add_pooling_layer=False)
+        rival = module.NaiveStep(wavlm, bert, AutoTokenizer.from_pretrained(text), len(STYLES), dim=8, hidden=8)
+    rival.speech.eval(), rival.text.eval()
+    return rival
+
+
+def test_the_published_step_on_unpadded_clips_has_the_same_loss_and_gradients(tiny_speech, tiny_text):
+    """With tau fixed and the encoders receiving the reversed gradient at 1.1; there the discriminator does so too."""
+    rival = naive_step(tiny_speech("wavlm"), tiny_text)
+    config = ModelConfig.paper().but(speech_backbone=tiny_speech("wavlm"), text_backbone=tiny_text, dim=8)
+    model = StyleRetriever.build(config.but(classifier_hidden=8)).eval()
+    model.speech.set_trainable(True)
+    of = Objective(
+        model, TrainConfig.paper().but(adversarial_weight=1.1, fixed_temperature=True, discriminator_hidden=8,
+        precision="fp32"), Accelerator(cpu=True),
+    )  # fmt: skip
+    pairs = {
+        "classifier": (rival.classifier, model.classifier),
+        "discriminator": (rival.discriminator, of.discriminator),
+        "speech projection": (rival.speech_projection, model.speech_head.projection[-1]),
+        "text projection": (rival.text_projection, model.text_head),
+        "backbone": (rival.speech, model.speech.model),
+    }
+    for name, (theirs, ours) in pairs.items():
+        if name != "backbone":
+            ours.load_state_dict(theirs.state_dict())
+    clips = list(0.1 * torch.randn(4, 9_000, generator=torch.Generator().manual_seed(4)))
+    prompts, style = PROMPTS[:4], torch.tensor([0, 3, 21, 12])
+    expected = rival.backward(clips, prompts, style)
+    batch = {"waveform": torch.stack(clips), "n_samples": torch.full((4,), 9_000), "style": style}
+    found = of.backward(batch, prompts, "adversarial")
+    assert {name: value for name, (value, _) in found.items()} == pytest.approx(expected, rel=1e-5)
+    for name, (theirs, ours) in pairs.items():
+        factor = 1.1 if name == "discriminator" else 1.0
+        expected_of = {k: p.grad for k, p in theirs.named_parameters() if p.grad is not None}
+        found_of = {k: factor * p.grad for k, p in ours.named_parameters() if p.grad is not None}
+        assert expected_of
+        assert_same(found_of, expected_of, tolerance=1e-3 if name == "backbone" else 1e-4)

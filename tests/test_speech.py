@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 from pathlib import Path
 
@@ -20,14 +21,21 @@ from esr_utils.manifests import to_cuts
 from esr_utils.retriever import StyleRetriever
 from esr_utils.speech import LogMelBackbone, SpeechBackbone, active_frames, load_speech_backbone
 
-BACKBONES = ("whisper-tiny", "tiny", "logmel")
+FAMILY = ("wavlm", "hubert", "wav2vec2", "wavlm-large", "hubert-large", "wav2vec2-large")
+LEARNED = ("whisper", "emotion2vec", *FAMILY)  # tiny ones
 
 
-@pytest.fixture(scope="module", params=BACKBONES)
-def backbone(request, tiny_whisper, whisper_tiny) -> SpeechBackbone:
+@pytest.fixture(scope="module", params=("whisper-tiny", "logmel", *LEARNED))
+def backbone(request, tiny_speech, whisper_tiny) -> SpeechBackbone:
+    """Every kind there is. Do not change it; `learned` is of the test's own."""
     if request.param == "whisper-tiny":
         return whisper_tiny
-    return load_speech_backbone("logmel" if request.param == "logmel" else tiny_whisper)
+    return load_speech_backbone("logmel" if request.param == "logmel" else tiny_speech(request.param))
+
+
+@pytest.fixture(params=LEARNED)
+def learned(request, tiny_speech) -> SpeechBackbone:
+    return load_speech_backbone(tiny_speech(request.param))
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +60,11 @@ def alone(backbone: SpeechBackbone, clip: Tensor) -> Tensor:
 # Frame counts -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["tiny", "logmel"])
-def test_frame_count_at_every_length(name, tiny_whisper):
-    backbone = load_speech_backbone("logmel" if name == "logmel" else tiny_whisper)
-    lengths = torch.arange(400, 2001)
+@pytest.mark.parametrize("name", ["whisper", "logmel", "wavlm", "emotion2vec"])
+def test_frame_count_at_every_length(name, tiny_speech):
+    """Over two borders or more."""
+    backbone = load_speech_backbone("logmel" if name == "logmel" else tiny_speech(name))
+    lengths = torch.arange(400, 2001 if name in ("whisper", "logmel") else 1045)
     found = torch.tensor([alone(backbone, noise(n)).shape[1] for n in lengths.tolist()])
     assert torch.equal(backbone.n_frames(lengths), found)
 
@@ -75,6 +84,13 @@ def test_frame_counts_by_hand(whisper_tiny):
     lengths = torch.tensor([400, 480, 481, 640, 641, 16_000, 480_000])
     assert LogMelBackbone().n_frames(lengths).tolist() == [3, 3, 4, 4, 5, 100, 3000]
     assert whisper_tiny.n_frames(lengths).tolist() == [2, 2, 2, 2, 3, 50, 1500]
+
+
+@pytest.mark.parametrize("name", ["wavlm", "emotion2vec"])
+def test_frame_counts_of_convolutions_by_hand(name, tiny_speech):
+    """A window of 400 samples every 320, none of them past the end."""
+    lengths = torch.tensor([400, 719, 720, 1039, 1040, 16_000, 480_000])
+    assert load_speech_backbone(tiny_speech(name)).n_frames(lengths).tolist() == [1, 1, 2, 2, 3, 49, 1499]
 
 
 # Batches ----------------------------------------------------------------------------------------------------
@@ -143,8 +159,8 @@ def test_two_frame_rates_go_through_the_same_retriever(tiny_config, manifest, tm
         assert found.vectors.shape == (3, tiny_config.dim)
         again = embedding.embed(model, cuts, "normalised", None)
         assert float((found.vectors * again.vectors).sum(1).min()) >= 0.9999
-        speech, text = model({"waveform": noise(16_000)[None], "n_samples": second, "prompt": ["a calm voice"]})
-        (speech @ text.T).sum().backward()
+        speech = model.speech_vectors({"waveform": noise(16_000)[None], "n_samples": second})
+        (speech @ model.text_vectors(["a calm voice"]).T).sum().backward()
         assert float(model.speech_head.projection[-1].weight.grad.abs().sum()) > 0
     assert rates == [50, 100]
 
@@ -188,6 +204,128 @@ def test_the_hop_is_the_distance_of_frames(backbone):
     second = torch.tensor([16_000, 32_000])
     first, both = backbone.n_frames(second).tolist()
     assert backbone.hop * (both - first) == 16_000
+
+
+# One layer, or all ------------------------------------------------------------------------------------------
+
+
+def test_the_last_layer_alone_is_the_last_of_all(backbone, speech):
+    clips = [speech[0][:9000], speech[1][:4000]]
+    waveform = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True)
+    n_samples = torch.tensor([len(clip) for clip in clips])
+    with torch.no_grad():
+        every, mask = backbone.layers(waveform, n_samples)
+        last, same_mask = backbone.layers(waveform, n_samples, last_only=True)
+    assert last.shape == (2, 1, *every.shape[2:]) and torch.equal(mask, same_mask)
+    torch.testing.assert_close(last, every[:, -1:], atol=0, rtol=0)
+
+
+# Training ---------------------------------------------------------------------------------------------------
+
+
+def batch_of(speech: list[Tensor], *lengths: int) -> tuple[Tensor, Tensor]:
+    clips = [clip[:length] for clip, length in zip(speech, lengths, strict=False)]
+    n_samples = torch.tensor([len(clip) for clip in clips])
+    return torch.nn.utils.rnn.pad_sequence(clips, batch_first=True), n_samples
+
+
+def gradients(
+    backbone: SpeechBackbone, waveform: Tensor, n_samples: Tensor, last_only: bool = True
+) -> dict[str, Tensor]:
+    """Of a loss that reads every frame, by parameter."""
+    backbone.zero_grad()
+    frames, mask = backbone.layers(waveform, n_samples, last_only)
+    weight = torch.randn(frames.shape, generator=torch.Generator().manual_seed(0)) * mask[:, None, :, None]
+    (frames.float() * weight).sum().backward()
+    return {name: p.grad.clone() for name, p in backbone.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_recomputing_gives_the_same_gradients(learned, speech, training):
+    """With dropout on, the same elements must be dropped again."""
+    learned.set_trainable(True)
+    learned.train(training)
+    found = {}
+    for recompute in (False, True):
+        learned.recompute = recompute
+        torch.manual_seed(7), np.random.seed(7)
+        found[recompute] = gradients(learned, *batch_of(speech, 9000, 4000, 16_000, 5000))
+    assert found[False].keys() == found[True].keys()
+    for name, gradient in found[False].items():
+        torch.testing.assert_close(found[True][name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def kept(backbone: SpeechBackbone, waveform: Tensor, n_samples: Tensor) -> int:
+    """Bytes that the forward keeps for the backward, parameters apart."""
+    storages, own = {}, {p.untyped_storage().data_ptr() for p in backbone.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        frames, _ = backbone.layers(waveform, n_samples, last_only=True)
+    assert frames.requires_grad
+    return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in own)
+
+
+def test_recomputing_keeps_less(learned, speech):
+    learned.set_trainable(True)
+    batch = batch_of(speech, 16_000, 16_000, 16_000)
+    plain = kept(learned, *batch)
+    learned.recompute = True
+    assert kept(learned, *batch) < 0.6 * plain
+
+
+def test_a_step_in_half_precision_follows_one_in_full(learned, speech):
+    learned.set_trainable(True)
+    batch = batch_of(speech, 9000, 4000, 16_000, 5000)
+    full, full_frames = gradients(learned, *batch), learned.layers(*batch)[0].detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        half, half_frames = gradients(learned, *batch), learned.layers(*batch)[0].detach()
+    assert float(F.cosine_similarity(full_frames.flatten(), half_frames.flatten().float(), dim=0)) > 0.999
+    assert half.keys() == full.keys()
+    every = [torch.cat([found[name].flatten() for name in full]) for found in (full, half)]
+    assert all(bool(torch.isfinite(one).all()) for one in every)
+    assert float(F.cosine_similarity(*every, dim=0)) > 0.98
+
+
+def test_every_parameter_is_trained_but_what_its_authors_fixed(learned, speech):
+    learned.set_trainable(True)
+    found = gradients(learned, *batch_of(speech, 9000, 4000), last_only=False)
+    idle = {name for name, p in learned.named_parameters() if name not in found or not bool(found[name].any())}
+    fixed = {"encoder.embed_positions.weight", "model.masked_spec_embed"}  # sinusoids; read by SpecAugment only
+    # A key's bias moves all scores of a query alike, and a group norm takes away a convolution's.
+    assert {name for name in idle if not name.endswith("k_proj.bias")} <= fixed
+    learned.set_trainable(False)
+    assert not any(p.requires_grad for p in learned.parameters())
+
+
+def test_depth_counts_the_layers(learned):
+    depths = {name: learned.depth(name) for name, _ in learned.named_parameters()}
+    assert set(depths.values()) == set(range(learned.n_layers))
+    for name, depth in depths.items():
+        inside = re.search(r"(context_encoder\.blocks|layers|model\.blocks)\.(\d+)\.", name)
+        if inside and "conv_layers" not in name:
+            after = len(learned.encoder.context_encoder.blocks) if inside[1] == "model.blocks" else 0
+            assert depth == int(inside[2]) + 1 + after, name
+        else:
+            assert depth in (0, learned.n_layers - 1), name
+    assert all(depth == 0 for name, depth in depths.items() if "conv" in name)
+
+
+@pytest.mark.parametrize("kind", ["emotion2vec", "wavlm", "hubert-large"])
+def test_dropout_is_active_in_training_and_repeats_with_the_seeds(kind, tiny_speech, speech):
+    backbone, batch = load_speech_backbone(tiny_speech(kind)), batch_of(speech, 9000, 4000)
+
+    def frames(seed: int) -> Tensor:
+        torch.manual_seed(seed), np.random.seed(seed)
+        with torch.no_grad():
+            return backbone.layers(*batch)[0]
+
+    assert torch.equal(frames(1), frames(2))
+    backbone.train()
+    assert torch.equal(frames(1), frames(1)) and not torch.equal(frames(1), frames(2))
 
 
 # Agreement with transformers --------------------------------------------------------------------------------

@@ -7,10 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
+from transformers import T5ForConditionalGeneration
 
 from esr_utils import weights
 from esr_utils.text import TextBackbone, load_text_backbone, pool_tokens
@@ -31,6 +33,16 @@ def tiny_mean(tiny_text, tmp_path_factory) -> str:
     stated = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(stated))
     return str(folder)
+
+
+KINDS = ("bert", "roberta", "t5", "flan-t5")
+
+
+@pytest.fixture(scope="module")
+def tiny_texts(tmp_path_factory) -> dict[str, str]:
+    """A folder for each kind of the paper's text backbones."""
+    root = tmp_path_factory.mktemp("texts")
+    return {kind: tiny_models.write_text(root / kind, kind, TEXTS) for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +94,10 @@ def test_a_folder_may_say_cls(tiny_mean, tmp_path):
     assert load_text_backbone(str(tmp_path / "cls")).pooling == "cls"
 
 
-@pytest.mark.parametrize("which", ["tiny_text", "tiny_mean", "minilm"])
-def test_a_vector_does_not_depend_on_the_batch(which, request):
+@pytest.mark.parametrize("which", ["tiny_text", "tiny_mean", "minilm", *KINDS])
+def test_a_vector_does_not_depend_on_the_batch(which, request, tiny_texts):
     """Two objects, so that the second cannot answer from memory."""
-    name = "minilm" if which == "minilm" else request.getfixturevalue(which)
+    name = tiny_texts.get(which) or ("minilm" if which == "minilm" else request.getfixturevalue(which))
     together = load_text_backbone(name).embed(TEXTS)
     single = load_text_backbone(name)
     for text, vector in zip(TEXTS, together, strict=True):
@@ -93,6 +105,64 @@ def test_a_vector_does_not_depend_on_the_batch(which, request):
         assert alone.shape == (single.dim,)
         torch.testing.assert_close(alone, vector, atol=1e-5, rtol=1e-4)
     assert float(F.cosine_similarity(together[0], together[2], dim=0)) < 0.99
+
+
+# The paper's four -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_is_read_as_in_the_paper(kind, tiny_texts):
+    """[CLS] of BERT and RoBERTa, the mean over the tokens of T5's encoder (ESR section III-B)."""
+    backbone = load_text_backbone(tiny_texts[kind])
+    assert backbone.pooling == ("cls" if "bert" in kind else "mean")
+    assert type(backbone.model).__name__ == {"bert": "BertModel", "roberta": "RobertaModel"}.get(kind, "T5EncoderModel")
+    for text in TEXTS:
+        ids = torch.tensor([backbone.tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            hidden = backbone.model(input_ids=ids).last_hidden_state[0]
+        expected = hidden[0] if "bert" in kind else hidden.mean(0)
+        torch.testing.assert_close(backbone.embed([text])[0], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_t5_is_the_encoder_of_the_whole_model(tiny_texts):
+    backbone = load_text_backbone(tiny_texts["t5"])
+    with weights.quiet_transformers():
+        whole = T5ForConditionalGeneration.from_pretrained(tiny_texts["t5"]).eval()
+    encoded = backbone.tokenizer(TEXTS[1], return_tensors="pt")
+    with torch.no_grad():
+        expected = whole.get_encoder()(input_ids=encoded["input_ids"]).last_hidden_state
+    torch.testing.assert_close(backbone.tokens([TEXTS[1]])[0], expected, atol=1e-5, rtol=1e-4)
+    assert not any("decoder" in name for name, _ in backbone.named_parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vectors_are_full_precision_whatever_autocast_says(kind, tiny_texts):
+    """They are kept: they must not depend on where they were first asked for."""
+    expected = load_text_backbone(tiny_texts[kind]).embed(TEXTS)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = load_text_backbone(tiny_texts[kind]).embed(TEXTS)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_stays_in_eval_mode_and_cuts_what_is_too_long(kind, tiny_texts):
+    backbone = load_text_backbone(tiny_texts[kind]).train()
+    first, _ = backbone.tokens(TEXTS)
+    assert torch.equal(first, backbone.tokens(TEXTS)[0])
+    assert backbone.max_tokens == 512
+    found = backbone.embed(["calm. " * 2000, "calm. " * 3000])
+    assert bool(torch.isfinite(found).all())
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("roberta", "roberta"), ("flan-t5", "flan-t5"), ("google-t5/t5-base", "t5")]
+)
+def test_they_load_by_name(name, kind, tiny_texts, tmp_path, monkeypatch):
+    hub_id = weights.HUB[name][0] if name in weights.HUB else name
+    shutil.copytree(tiny_texts[kind], tmp_path / hub_id)
+    monkeypatch.setenv("ESR_MODELS", str(tmp_path))
+    assert torch.equal(load_text_backbone(name).embed(TEXTS), load_text_backbone(tiny_texts[kind]).embed(TEXTS))
 
 
 # Frozen -----------------------------------------------------------------------------------------------------
