@@ -375,7 +375,7 @@ def test_a_local_model_that_is_missing_or_none_is_refused(tmp_path, tiny_text):
         LocalModel("")
     with pytest.raises(weights.WeightsError, match="no weights for 'nobody/no-model'"):
         LocalModel("nobody/no-model")
-    with pytest.raises(weights.WeightsError, match="holds no whole model"):
+    with pytest.raises(weights.WeightsError, match="holds no weights"):
         LocalModel(str(tmp_path))
     with pytest.raises(weights.WeightsError, match="lacks weights"):  # an encoder has no head for words
         LocalModel(tiny_text)

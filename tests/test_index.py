@@ -25,10 +25,10 @@ def random_index(tiny_model, manifest) -> SearchIndex:
     vectors = np.random.default_rng(0).standard_normal((len(manifest), 8)).astype("float32")
     vectors[5] = vectors[9]
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    logits = np.zeros((len(manifest), 22), dtype="float32")
     skipped = pd.DataFrame(columns=["utterance_id", "reason"])
-    return SearchIndex.build(
-        tiny_model, manifest, embeddings=Embeddings(list(manifest["utterance_id"]), vectors, skipped)
-    )
+    embeddings = Embeddings(list(manifest["utterance_id"]), vectors, logits, skipped)
+    return SearchIndex.build(tiny_model, manifest, embeddings=embeddings)
 
 
 @pytest.fixture
