@@ -34,7 +34,7 @@ def begin(manifest: pd.DataFrame, run: str | Path, model_config: ModelConfig, co
     folder = runs.run_folder(run)
     corpora = [reading(corpus)[0] for corpus in manifest["corpus"].unique()]
     if twice := sorted({corpus for corpus in corpora if corpora.count(corpus) > 1}):
-        raise ConfigError(f"corpora: {', '.join(twice)} in two readings: what is test in one is train in the other")
+        raise ConfigError(f"corpora: {', '.join(twice)} in two readings: train on one of them")
     split = manifest["split"].value_counts()
     settings = {
         "model": model_config.to_dict(),

@@ -19,7 +19,8 @@ The published code drops the parts and looks for each recording in train first. 
 so all of them land there: its test set is read clips alone, in 7 styles. `paper_compat=True` (the corpus
 "expresso-paper") does likewise. Its val and test are those of the published code, clip for clip; its train has the
 same recordings, but is cut as here, where that code looks for speech by energy and keeps pauses of up to 2 s. Never
-train on one and test on the other: what is test here is train there.
+train on it and test on the other: the long recordings that are test here are train there. The other way about is sound,
+for its test set is a part of the one here.
 """
 
 from __future__ import annotations
