@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import WhisperFeatureExtractor, WhisperModel
 
 from esr_utils import batches, embedding, weights
@@ -47,6 +48,12 @@ def speech(manifest) -> list[Tensor]:
 
 def noise(n_samples: int) -> Tensor:
     return 0.1 * torch.randn(n_samples, generator=torch.Generator().manual_seed(n_samples))
+
+
+def batch_of(speech: list[Tensor], *lengths: int) -> tuple[Tensor, Tensor]:
+    """The first clips, cut to these lengths, or all of them whole: the waveform padded, and the samples of each."""
+    clips = [clip[:length] for clip, length in zip(speech, lengths, strict=False)] if lengths else speech
+    return pad_sequence(clips, batch_first=True), torch.tensor([len(clip) for clip in clips])
 
 
 @torch.no_grad()
@@ -117,6 +124,16 @@ def test_frames_do_not_depend_on_the_batch(backbone, speech):
         valid = int(mask[row].sum())
         assert bool(mask[row, :valid].all()) and bool((frames[row, :, valid:] == 0).all())
         assert_same_frames(frames[row, :, :valid], alone(backbone, clip))
+
+
+def test_frames_do_not_depend_on_the_batch_in_half_precision_either(backbone, speech):
+    clips = [speech[0], speech[1][:16_001], speech[2][:20_000], speech[3][:5000], speech[4][:7_999]]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        frames, mask = backbone.layers(*batch_of(clips))
+        for row, clip in enumerate(clips):
+            expected = backbone.layers(*batch_of([clip]))[0][0, :, : int(mask[row].sum())].float()
+            found = frames[row, :, mask[row]].float()
+            assert float(F.cosine_similarity(found.mean(1), expected.mean(1), dim=-1).min()) >= 0.9999
 
 
 def test_padding_that_is_not_a_number_is_ignored_too(backbone):
@@ -210,23 +227,15 @@ def test_the_hop_is_the_distance_of_frames(backbone):
 
 
 def test_the_last_layer_alone_is_the_last_of_all(backbone, speech):
-    clips = [speech[0][:9000], speech[1][:4000]]
-    waveform = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True)
-    n_samples = torch.tensor([len(clip) for clip in clips])
+    batch = batch_of(speech, 9000, 4000)
     with torch.no_grad():
-        every, mask = backbone.layers(waveform, n_samples)
-        last, same_mask = backbone.layers(waveform, n_samples, last_only=True)
+        every, mask = backbone.layers(*batch)
+        last, same_mask = backbone.layers(*batch, last_only=True)
     assert last.shape == (2, 1, *every.shape[2:]) and torch.equal(mask, same_mask)
     torch.testing.assert_close(last, every[:, -1:], atol=0, rtol=0)
 
 
 # Training ---------------------------------------------------------------------------------------------------
-
-
-def batch_of(speech: list[Tensor], *lengths: int) -> tuple[Tensor, Tensor]:
-    clips = [clip[:length] for clip, length in zip(speech, lengths, strict=False)]
-    n_samples = torch.tensor([len(clip) for clip in clips])
-    return torch.nn.utils.rnn.pad_sequence(clips, batch_first=True), n_samples
 
 
 def gradients(

@@ -259,6 +259,12 @@ def test_loading_says_nothing_asks_nobody_and_leaves_the_threads_alone(tiny_spee
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_without_funasr_it_is_asked_for(monkeypatch, tiny_speech):
+    monkeypatch.setattr(emotion2vec, "find_spec", lambda name: None)
+    with pytest.raises(weights.WeightsError, match="funasr.*not installed"):
+        load_speech_backbone(tiny_speech("emotion2vec"))
+
+
 def test_a_funasr_that_is_already_imported_is_used_and_left(monkeypatch, tiny_speech):
     with emotion2vec._funasr() as model_class:
         modules = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "funasr"}

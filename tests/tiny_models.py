@@ -121,6 +121,7 @@ def emotion2vec_model(config: dict) -> nn.Module:
             parameter.add_(0.05 * torch.randn_like(parameter))
         for block in (*model.blocks, *model.modality_encoders["AUDIO"].context_encoder.blocks):
             block.attn.qkv.weight.mul_(10 / math.sqrt(len(block.norm1.weight)))  # so that attention is not even
+        model.modality_encoders["AUDIO"].alibi_scale[:, :, 0] = -0.5  # training may get there; it counts as 0
     return model
 
 

@@ -193,13 +193,14 @@ def _with_group_norm(windows: Tensor, weight: Tensor, norm: nn.GroupNorm) -> tup
     Mean and variance over time of a linear map follow from those of its input. In double precision, as neighbouring
     samples are much alike and their differences count.
     """
-    windows, wide = windows.double(), weight.double()
+    exact = torch.float32 if windows.device.type == "mps" else torch.float64  # Apple's have no double
+    windows, wide = windows.to(exact), weight.to(exact)
     mean = windows.mean(0)
     centred = windows - mean
     covariance = centred.T @ centred / len(windows)
     variance = ((wide @ covariance) * wide).sum(1)
-    scale = norm.weight.double() / (variance + norm.eps).sqrt()
-    return (wide * scale[:, None]).float(), (norm.bias.double() - scale * (wide @ mean)).float()
+    scale = norm.weight / (variance + norm.eps).sqrt()
+    return (wide * scale[:, None]).float(), (norm.bias - scale * (wide @ mean)).float()
 
 
 def grouped_conv(
@@ -208,16 +209,18 @@ def grouped_conv(
     """conv1d of each clip alone with half a kernel of zeros on both sides, as many frames out as in.
 
     Args:
-        x: (N, D), the frames of all clips.
+        x: (N, D) fp32, the frames of all clips.
         weight: (D, D / groups, kernel).
         lengths: frames of each clip; they sum to N.
-        dtype: of the products; where a Fourier transform saves most of these, all is fp32.
+        dtype: of the products; but a long kernel on a CPU is run in fp32, be it through a Fourier transform or not.
 
     Returns:
         (N, D) fp32
     """
-    if x.device.type == "cpu" and len(lengths) >= 4 and weight.shape[2] >= 64:
-        return _spectral_conv(x.float(), weight, groups, lengths) + bias
+    if x.device.type == "cpu" and weight.shape[2] >= 64:
+        dtype = torch.float32
+        if len(lengths) >= 4:  # the transform of the weight is paid once for all clips
+            return _spectral_conv(x, weight, groups, lengths) + bias
     weight, bias, padding = weight.to(dtype), bias.to(dtype), weight.shape[2] // 2
     clips = [clip.T.contiguous()[None] for clip in x.to(dtype).split(lengths)]
     done = [F.conv1d(clip, weight, bias, padding=padding, groups=groups)[0, :, : clip.shape[2]] for clip in clips]

@@ -168,6 +168,8 @@ def load_emotion2vec(folder: Path) -> Emotion2vecBackbone:
     try:
         with _funasr() as model_class, torch.device("meta"):  # nothing is drawn: every weight comes from the file
             model = model_class(model_conf=conf)
+    except ImportError as error:
+        raise weights.WeightsError(f"emotion2vec needs funasr, which cannot be imported here: {error}") from error
     except (OmegaConfBaseException, TypeError, ValueError, AttributeError, AssertionError) as error:
         raise weights.WeightsError(f"{folder / 'config.yaml'} makes no emotion2vec model: {error}") from None
     weights.load_state(model, state, file)
@@ -208,8 +210,10 @@ def _funasr() -> Iterator[type]:
     """
     loaded = [name for name in sys.modules if name.split(".")[0] == "funasr"]
     if not loaded:
+        if (spec := find_spec("funasr")) is None:
+            raise ImportError("it is not installed")
         package = ModuleType("funasr")
-        package.__path__ = list(find_spec("funasr").submodule_search_locations)
+        package.__path__ = list(spec.submodule_search_locations)
         sys.modules["funasr"] = package
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):

@@ -40,7 +40,7 @@ class SpeechBackbone(nn.Module):
         Args:
             waveform: (B, S) float32 at 16 kHz; what lies past a clip's end is ignored.
             n_samples: (B,) valid samples of each clip, at least 400.
-            last_only: gives the last layer alone, L = 1, and keeps no other in memory.
+            last_only: gives the last layer alone, L = 1; stacking all of them would take L times the memory.
 
         Returns:
             (B, L, T, D) frames, zero where invalid, and the mask (B, T), True where valid.

@@ -119,7 +119,7 @@ class Wav2Vec2Backbone(ConvTransformer):
         return whole(hidden, lengths, dtype, bias, gate)
 
     def _position_bias(self, size: int) -> Tensor | None:
-        """WavLM's (H, size, size): for each head a number by the bucket of j - i (Chen et al. 2022, section III-B)."""
+        """WavLM's (H, size, size): for each head a number by the bucket of j - i (Chen et al. 2022)."""
         attention = self.model.encoder.layers[0].attention
         if not hasattr(attention, "rel_attn_embed"):
             return None
@@ -129,7 +129,7 @@ class Wav2Vec2Backbone(ConvTransformer):
 
 
 def _gate(x: Tensor, attention: nn.Module) -> Tensor:
-    """How much each frame heeds WavLM's position bias, (H, N) (Chen et al. 2022, equations 5 to 7)."""
+    """How much each frame heeds WavLM's position bias, (H, N): its gated relative position bias (Chen et al. 2022)."""
     n_heads, gates = attention.num_heads, attention.gru_rel_pos_linear
     # The model adds up four outputs for each gate, which is one linear map with the sum of their weights.
     weight, bias = gates.weight.view(2, 4, -1).sum(1), gates.bias.view(2, 4).sum(1)
