@@ -45,16 +45,16 @@ def begin(manifest: pd.DataFrame, run: str | Path, model_config: ModelConfig, co
         "prompts_sha256": bank_of_run(config).sha256,
         "manifest_sha256": fingerprint(manifest),
     }
-    there = runs.read_json(folder / "config.json") if (folder / "config.json").is_file() else None
-    if there is None or (_is_run(there) and not (folder / "resume.json").is_file()):
-        with held(folder):
-            runs.write_json(folder / "config.json", settings | {"versions": runs.versions()})
-    elif (
-        changed := _changed(there, json.loads(json.dumps(settings))) if _is_run(there) else ["not a run's config.json"]
-    ):
+    path = folder / "config.json"
+    changed = _changed(runs.read_json(path), json.loads(json.dumps(settings))) if path.is_file() else ["nothing there"]
+    if not changed:  # nor is there anything to write: several processes of one run come by here at once
+        return
+    if path.is_file() and (not _is_run(runs.read_json(path)) or (folder / "resume.json").is_file()):
         raise RunExists(
             f"{folder} holds another run ({'; '.join(changed)}): choose another `run`, or delete that folder"
         )
+    with held(folder):
+        runs.write_json(path, settings | {"versions": runs.versions()})
 
 
 def _is_run(settings: object) -> bool:
@@ -63,6 +63,8 @@ def _is_run(settings: object) -> bool:
 
 def _changed(there: dict, now: dict) -> list[str]:
     """Where the settings of two runs differ, in words. A setting that the older one does not know has its default."""
+    if not _is_run(there):
+        return ["not a run's config.json"]
     changed = []
     for part, kind in (("model", ModelConfig), ("training", TrainConfig)):
         before = json.loads(json.dumps(kind.from_dict(there[part]).to_dict()))
