@@ -426,6 +426,7 @@ def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def expect_keys(where: str, given: object, expected: set[str]) -> None:
+    """Raises ValueError, naming `where`, unless `given` is an object with just these keys."""
     if not isinstance(given, dict):
         raise ValueError(f"{where}: {given!r} must be an object with the keys {', '.join(sorted(expected))}")
     wrong = [f"{key!r} is missing" for key in sorted(expected - set(given))]
@@ -435,7 +436,7 @@ def expect_keys(where: str, given: object, expected: set[str]) -> None:
 
 
 def strings(where: str, given: object) -> tuple[str, ...]:
-    # A lone string would silently become a tuple of letters.
+    """The list as a tuple; ValueError, naming `where`, for anything else: a lone string would become its letters."""
     if not isinstance(given, list) or not all(isinstance(item, str) for item in given):
         raise ValueError(f"{where}: {given!r} must be a list of strings")
     return tuple(given)

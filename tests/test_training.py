@@ -799,7 +799,9 @@ def test_an_older_run_lacks_newer_settings_and_is_still_itself(train):
     settings = runs.read_json(path)
     del settings["training"]["chunk_size"], settings["model"]["classifier_hidden"]
     runs.write_json(path, settings)
+    before = lines(train.folder / "run")
     train("run", epochs=1)
+    assert lines(train.folder / "run") == before
 
 
 def test_a_device_that_is_not_there_is_refused_before_training(manifest, model_config, tmp_path):
