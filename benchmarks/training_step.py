@@ -81,7 +81,8 @@ def ours(folder: Path, size: int, kind: str) -> Callable[[], object]:
     model, config = StyleRetriever.build(ModelConfig.paper().but(**names)), TrainConfig.paper().but(**OURS[kind])
     model.speech.set_trainable(True)
     bank = PromptBank.load()
-    model.text.embed([p for s in STYLES for p in bank.all_prompts(s)])  # once a run
+    model.text.embed([p for s in STYLES for p in bank.all_prompts(s)])  # once a run, as training does
+    model.text.release()
     objective = Objective(model, config, Accelerator(cpu=True)).train()
     optimizer = torch.optim.AdamW(parameter_groups(objective), betas=config.betas, fused=True)
     batch = {

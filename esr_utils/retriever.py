@@ -163,7 +163,7 @@ class StyleRetriever(nn.Module):
             "model": self.config.to_dict(),
             "speech_backbone_tuned": tuned,
             "speech_backbone_sha256": None if tuned else weights.fingerprint(self.speech),
-            "text_backbone_sha256": weights.fingerprint(self.text),
+            "text_backbone_sha256": self.text.sha256,
             "weights_sha256": digest,
         }
         runs.write_json(folder / "config.json", about)
@@ -184,9 +184,11 @@ class StyleRetriever(nn.Module):
             raise weights.WeightsError(f"{folder / 'config.json'} is not a retriever's: it lacks {sorted(lacking)}")
         weights.check_sha256(folder / "model.safetensors", about["weights_sha256"])
         model = cls.build(ModelConfig.from_dict(about["model"]))
-        for part, module in (("speech", model.speech), ("text", model.text)):
-            expected = about[f"{part}_backbone_sha256"]
-            if expected and (found := weights.fingerprint(module)) != expected:
+        untouched = {"text": model.text.sha256}
+        if not about["speech_backbone_tuned"]:
+            untouched["speech"] = weights.fingerprint(model.speech)
+        for part, found in untouched.items():
+            if found != (expected := about[f"{part}_backbone_sha256"]):
                 name = about["model"][f"{part}_backbone"]
                 raise weights.WeightsError(
                     f"{folder} was trained on a {name!r} of sha256 {expected[:12]}…; this machine's has {found[:12]}…"

@@ -7,6 +7,8 @@ once.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,11 +28,19 @@ class TextBackbone(nn.Module):
     Attributes:
         dim: width of a vector.
         pooling: `cls` (first token) or `mean` (over the valid tokens only).
+        model: transformers' encoder; None while the weights are let go (`release`).
     """
 
-    def __init__(self, model: nn.Module, tokenizer, pooling: str) -> None:
+    def __init__(self, load: Callable[[], nn.Module], tokenizer, pooling: str) -> None:
+        """
+        Args:
+            load: makes the encoder on the CPU, the same at every call.
+        """
         super().__init__()
-        self.model = model.eval().requires_grad_(False)
+        self._load = load
+        self.model = model = load().eval().requires_grad_(False)
+        self._place = torch.device("cpu")  # where it is, also while it is let go
+        self._sha256 = ""
         self.tokenizer = tokenizer
         self.pooling = pooling
         self.dim = model.config.hidden_size
@@ -44,9 +54,22 @@ class TextBackbone(nn.Module):
         """Stays in eval mode whatever its owner does: dropout would make a prompt's vector random."""
         return super().train(False)
 
+    def _apply(self, fn: Callable, recurse: bool = True) -> TextBackbone:
+        """What `to` and its kin call: where the weights go is where they come back to."""
+        self._place = fn(torch.empty(0, device=self._place)).device
+        return super()._apply(fn, recurse)
+
     @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+    def sha256(self) -> str:
+        """`weights.fingerprint` of the encoder's weights, also while they are let go."""
+        if not self._sha256:
+            self._sha256 = weights.fingerprint(self)
+        return self._sha256
+
+    def release(self) -> None:
+        """Lets the weights go (RoBERTa base: 0.5 GB) and keeps the vectors made; a new text loads them again."""
+        _ = self.sha256
+        self.model = None
 
     @torch.no_grad()
     def tokens(self, texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -55,8 +78,10 @@ class TextBackbone(nn.Module):
         In fp32 whatever autocast says: the vectors are kept, and T5's do not bear half precision.
         """
         options = {"padding": True, "truncation": True, "max_length": self.max_tokens, "return_tensors": "pt"}
-        encoded = self.tokenizer(texts, **options).to(self.device)
-        with torch.autocast(self.device.type, enabled=False):
+        encoded = self.tokenizer(texts, **options).to(self._place)
+        if self.model is None:
+            self.model = self._load().eval().requires_grad_(False).to(self._place)
+        with torch.autocast(self._place.type, enabled=False):
             hidden = self.model(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"])
         return hidden.last_hidden_state, encoded["attention_mask"].bool()
 
@@ -67,7 +92,7 @@ class TextBackbone(nn.Module):
             part = new[start : start + _BATCH]
             tokens, mask = self.tokens(part)
             self._known.update(zip(part, pool_tokens(tokens.float(), mask, self.pooling), strict=True))
-        return torch.stack([self._known[text] for text in texts]).to(self.device)
+        return torch.stack([self._known[text] for text in texts]).to(self._place)
 
 
 def pool_tokens(tokens: Tensor, mask: Tensor, pooling: str) -> Tensor:
@@ -99,11 +124,11 @@ def load_text_backbone(name: str) -> TextBackbone:
     model_type = weights.model_type(folder)
     options = {"add_pooling_layer": False} if model_type in _CLS else {}
     kind = AutoModelForTextEncoding if model_type in _ENCODER_DECODER else AutoModel
-    model = weights.load_pretrained(kind, folder, **options)
     if not list(folder.glob("tokenizer.json")) + list(folder.glob("vocab*")) + list(folder.glob("*.model")):
         raise weights.WeightsError(
             f"{folder} holds no tokenizer: tokenizer.json, a vocabulary or a sentencepiece model"
         )
     with weights.quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    return TextBackbone(model, tokenizer, _pooling_of(folder, model_type))
+    load = partial(weights.load_pretrained, kind, folder, **options)
+    return TextBackbone(load, tokenizer, _pooling_of(folder, model_type))

@@ -175,13 +175,14 @@ class _Trainer:
         return embedding.FrozenClips(features, cuts, self.config.batch_size)
 
     def _embed_prompts(self, retriever: StyleRetriever, manifest: pd.DataFrame) -> None:
-        """Every prompt that training can draw, once and in large batches; after this the text backbone is not run."""
+        """Every prompt that training can draw, once and in large batches; then the text backbone is let go."""
         used = manifest[manifest["split"].isin(("train", "val"))]
         styles = sorted(set(used["style"]) - {""} - set(self.config.held_out_styles))
         prompts = [prompt for style in styles for prompt in self.bank.all_prompts(style)]
         prompts += sorted(set(used.loc[used["style"] == "", "caption"]) - {""})
         if prompts:
             retriever.text.embed(prompts)
+        retriever.text.release()
 
     def _write_skipped(self) -> None:
         """Lists the clips that cannot be used, of all processes; those of a stopped run are kept."""

@@ -311,3 +311,20 @@ def test_a_folder_without_a_tokenizer_is_refused(damaged):
         file.unlink()
     with pytest.raises(weights.WeightsError):
         load_text_backbone(str(damaged))
+
+
+def test_released_weights_leave_their_vectors_and_come_back_for_a_new_text(tiny_text):
+    backbone, whole = load_text_backbone(tiny_text), load_text_backbone(tiny_text)
+    kept = backbone.embed(TEXTS[:1])
+    backbone.release()
+    assert not list(backbone.parameters()) and backbone.sha256 == whole.sha256 == weights.fingerprint(whole)
+    assert torch.equal(backbone.embed(TEXTS[:1]), kept) and backbone.model is None
+    torch.testing.assert_close(backbone.embed(TEXTS), whole.embed(TEXTS))  # the others are new
+    assert not backbone.model.training and not any(p.requires_grad for p in backbone.parameters())
+
+
+def test_vectors_follow_where_the_released_backbone_is_sent(tiny_text):
+    backbone = load_text_backbone(tiny_text)
+    backbone.embed(TEXTS)
+    backbone.release()
+    assert backbone.to("meta").embed(TEXTS).device.type == "meta"
