@@ -2,9 +2,9 @@
 
 Both train a WavLM of Base+ size with random weights, beside a frozen RoBERTa of base size, on the same 8 clips (RAVDESS
 under $ESR_DATA if it is there, else the demo corpus; at most 8 s each), in the stage with all three losses. Ours is
-timed in fp32 and in bf16, with 4 clips in the encoder at a time. Peak memory is that of a process of its own for each,
-loading included; a batch of 32 is more than the published step can do in 24 GB. Let nothing else run: with a busy core
-torch's threads wait for each other, and a step takes ten times as long.
+timed in fp32, and in bf16 where the CPU has that, with 4 clips in the encoder at a time. Peak memory is that of a
+process of its own for each, loading included; a batch of 32 is more than the published step can do in 24 GB. Let
+nothing else run: with a busy core torch's threads wait for each other, and a step takes ten times as long.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from transformers import AutoTokenizer, RobertaConfig, RobertaModel, RobertaToke
 
 from esr_utils import batches, manifests
 from esr_utils.config import ModelConfig, TrainConfig
-from esr_utils.objective import Objective
+from esr_utils.objective import Objective, has_bf16
 from esr_utils.retriever import StyleRetriever
 from esr_utils.styles import STYLES, PromptBank
 from esr_utils.training import parameter_groups
 
 ROUNDS = 5
 STEPS = 3  # of a memory measurement: the peak still grows in the second
-OURS = {kind: {"precision": kind, "chunk_size": 4} for kind in ("fp32", "bf16")}  # two chunks of 4 clips
+KINDS = ("fp32", "bf16") if has_bf16(torch.device("cpu")) else ("fp32",)
+OURS = {kind: {"precision": kind, "chunk_size": 4} for kind in KINDS}  # two chunks of 4 clips
 
 
 def write_models(folder: Path) -> None:
@@ -100,7 +101,7 @@ def ours(folder: Path, size: int, kind: str) -> Callable[[], object]:
 
 
 def time_all(folder: Path) -> None:
-    steps = {"naive": naive(folder, 8), "fp32": ours(folder, 8, "fp32"), "bf16": ours(folder, 8, "bf16")}
+    steps = {"naive": naive(folder, 8)} | {kind: ours(folder, 8, kind) for kind in KINDS}
     seconds = sum(len(waveform) for waveform in clips(8)[0]) / 16_000
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(1 + ROUNDS):  # the first round is not counted
@@ -114,7 +115,9 @@ def time_all(folder: Path) -> None:
         f"a step of 8 clips, {seconds:.0f} s of audio, median of {ROUNDS} in turns ({torch.get_num_threads()} threads)"
     )
     print(f"  published, fp32: {median['naive']:.1f} s ({min(times['naive']):.1f}-{max(times['naive']):.1f})")
-    for kind in ("fp32", "bf16"):
+    if "bf16" not in KINDS:
+        print("  bf16: not timed, this CPU does not have it")
+    for kind in KINDS:
         spread = f"{min(times[kind]):.1f}-{max(times[kind]):.1f}"
         print(
             f"  ours, {kind}: {median[kind]:.1f} s ({spread}), ratio {median['naive'] / median[kind]:.2f}", flush=True
@@ -145,7 +148,7 @@ if __name__ == "__main__":
         time_all(Path(temporary))
         print(f"each in a process of its own, {STEPS} steps:", flush=True)
         peaks = manager.dict()
-        for name, size in (("published", 8), ("fp32", 8), ("bf16", 8), ("bf16", 32)):
+        for name, size in (("published", 8), *((kind, 8) for kind in KINDS), (KINDS[-1], 32)):
             arguments = (name, Path(temporary), size, peaks)
             process = multiprocessing.get_context("spawn").Process(target=measure, args=arguments)
             process.start()

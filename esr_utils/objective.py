@@ -9,6 +9,7 @@ processes.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -34,6 +35,12 @@ class Objective(nn.Module):
         super().__init__()
         self.retriever, self.config, self.accelerator = retriever, config, accelerator
         self.discriminator = losses.two_layer(retriever.config.dim, config.discriminator_hidden, 1)
+        if config.precision == "bf16" and not has_bf16(retriever.device):
+            warnings.warn(
+                f"precision is bf16, and this {retriever.device.type} can only imitate it, at a tenth of the speed: "
+                "matrix products are in fp32",
+                stacklevel=2,
+            )
 
     def terms(self, speech: Tensor, text: Tensor | None, style: Tensor, stage: str) -> dict[str, Tensor]:
         """The loss terms of a stage.
@@ -112,8 +119,9 @@ class Objective(nn.Module):
             return self.retriever.speech_vectors(batch).float()
 
     def _bf16(self) -> bool:
-        on_gpu = self.retriever.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return {"auto": on_gpu, "fp32": False, "bf16": True}[self.config.precision]
+        device = self.retriever.device
+        wanted = {"auto": device.type == "cuda", "fp32": False, "bf16": True}[self.config.precision]
+        return wanted and has_bf16(device)
 
     def _text(self, prompts: list[str]) -> Tensor:
         if not prompts:
@@ -167,6 +175,13 @@ class Objective(nn.Module):
         np.random.set_state(state[1])
         if state[2] is not None:
             torch.get_device_module(self.retriever.device).set_rng_state(state[2])
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device computes in bf16 itself. A CPU needs AVX-512; torch has no public name for that question."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _chunks(batch: dict, size: int) -> list[dict]:
