@@ -35,13 +35,15 @@ _ENDINGS = (
 
 
 def _stem(word: str) -> str:
-    """A word without "un" and endings: "joyous" meets "joyful", "unhurried" "hurried". Crude on purpose."""
-    word = word.removeprefix("un") if len(word) > 6 else word
-    for _ in range(2):  # "emotionally" has more than one ending
+    """A word without "un" and endings: "joyous" meets "joyful", "unhurried" "hurrying". Crude on purpose."""
+    word, before = word.removeprefix("un") if len(word) > 6 else word, ""
+    while word != before:  # to the last ending, or one form of a word would be cut further than another
+        before = word
         ending = next((e for e in _ENDINGS if word.endswith(e) and len(word) >= len(e) + 3), "")
         word = word.removesuffix(ending)
-    word = word[:-1] if word[-1] == word[-2:-1] else word  # "jogging" → "jogg" → "jog"
-    return word[:-1] + "y" if word.endswith("i") else word  # "hurried" → "hurri" → "hurry"
+        word = word[:-1] if word[-1] == word[-2:-1] else word  # "jogging" → "jogg" → "jog"
+        word = word[:-1] + "y" if word.endswith("i") else word  # "hurried" → "hurri" → "hurry"
+    return word
 
 
 def stems(phrase: str) -> set[str]:

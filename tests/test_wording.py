@@ -46,6 +46,8 @@ def test_render_puts_the_article_where_the_template_asks():
     ("one", "other"),
     [
         ("joyous", "joyfully"),
+        ("unhurried", "hurrying"),
+        ("emotionally", "unemotional"),
         ("jogging", "jog"),
         ("softly spoken", "Soft"),
         ("near-silent", "silently"),
