@@ -283,6 +283,30 @@ def test_every_line_is_kept_or_left_out_with_a_reason(tmp_path: Path) -> None:
     }
 
 
+def test_a_vad_line_that_cannot_be_right_is_left_out(tmp_path: Path) -> None:
+    """Else speech would be lost without a word, or one stretch become two utterances of one id."""
+    names = [f"ex01_default_longform_0000{number}" for number in range(1, 7)]
+    for name in names:
+        put(tmp_path, name, 10)
+    lines = [
+        f"{names[0]}\t(1.0, 3.0) (3.0, 5.0)",
+        f"{names[0]}\t(6.0, 8.0)",  # once more
+        f"{names[1]} (1.0, 5.0)",  # a blank for the tab
+        f"{names[2]}(1.0,5.0)",
+        f"{names[3]}\t(5.0, 1.0)",  # ends before it begins
+        f"{names[4]}\t(1.0, 5.0) (1.0, 5.0)",  # twice
+        f"{names[5]}\t(1.0, 5.0) (4.0, 6.0)",  # overlap
+    ]
+    describe(tmp_path, train="\n".join(names), speech="\n".join(lines))
+    manifest = validate(expresso.prepare(tmp_path), tmp_path)
+    assert manifest["utterance_id"].tolist() == [f"expresso/{names[0]}/1.00-3.00", f"expresso/{names[0]}/3.00-5.00"]
+    assert manifest.attrs["left_out_files"] == {
+        **{f"train.txt line {line}: {names[line - 2]}": "not in VAD_segments.txt" for line in range(3, 8)},
+        "VAD_segments.txt line 4": "names a voice for the second time",
+        **dict.fromkeys((f"VAD_segments.txt line {line}" for line in range(5, 10)), "malformed line"),
+    }
+
+
 @pytest.mark.parametrize("gone", ["splits/dev.txt", "VAD_segments.txt"])
 def test_a_missing_file_is_named(tmp_path: Path, gone: str) -> None:
     describe(tmp_path)
