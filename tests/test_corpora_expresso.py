@@ -427,8 +427,8 @@ print(len(loud), min(loud), max(loud), peak() - before)
 
 
 def test_an_hour_of_48_khz_stereo_is_read_by_the_segment(tmp_path: Path) -> None:
-    """The whole hour would be 1.4 GB as float32. The file is sparse: noise where there is speech, each half as loud to
-    the right."""
+    """The whole hour would be 1.4 GB as float32, and one voice of it at 16 kHz 230 MB. The file is sparse: noise where
+    there is speech, each half as loud to the right."""
     name, rate, seconds, at = "ex01-ex02_default_001", 48_000, 3600, range(20, 3600, 200)
     burst = np.random.default_rng(0).standard_normal((8 * rate, 1)) * np.array([2000, 1000])
     file = put(tmp_path, name, 0.1, channels=2, rate=rate)
@@ -452,7 +452,7 @@ def test_an_hour_of_48_khz_stereo_is_read_by_the_segment(tmp_path: Path) -> None
     # resampling to a third of the rate keeps a third of the noise's power, less what the filter's edge takes
     assert loudest == pytest.approx(2000 / 32768 / 3**0.5, rel=0.06)
     print(f"peak memory grew by {grown_mb:.0f} MB")
-    assert grown_mb < 500
+    assert grown_mb < 150
 
 
 # --- the official split and VAD files
