@@ -316,9 +316,19 @@ def test_a_missing_file_is_named(tmp_path: Path, gone: str) -> None:
 
 
 def test_a_folder_without_audio_says_where_to_get_it(tmp_path: Path) -> None:
-    describe(tmp_path, train="ex01_sad_00001")
-    with pytest.raises(CorpusError, match="nothing of the corpus 'expresso-paper'.*paper_compat=True.*speechbot"):
+    describe(tmp_path, train="ex01_sad_00001\nex02_sad_00001\nex01_singing_00001")
+    with pytest.raises(
+        CorpusError, match="nothing of the corpus 'expresso-paper'.*paper_compat=True.*speechbot"
+    ) as error:
         prepare("expresso-paper", tmp_path)
+    assert "Left out: is not there (2), style not among the 19: singing (1)." in str(error.value)
+    elsewhere = tmp_path / "elsewhere"
+    put(elsewhere, "ex01_sad_00001", 1)
+    (tmp_path / "corpus").mkdir()
+    describe(tmp_path / "corpus", train="ex01_sad_00001")
+    (tmp_path / "corpus" / "audio_48khz").symlink_to(elsewhere / "audio_48khz")
+    with pytest.raises(CorpusError, match=r"Left out: leaves the corpus folder \(1\)"):
+        prepare("expresso", tmp_path / "corpus")
 
 
 # --- both readings

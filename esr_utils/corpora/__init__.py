@@ -122,5 +122,7 @@ def prepare(name: str, root: str | Path) -> pd.DataFrame:
     """
     manifest = corpus_module(name).prepare(Path(root), **reading(name)[1])
     if manifest.empty:
-        raise CorpusError(f"nothing of the corpus {name!r} is in {root}. {how_to_get(name)}")
+        reasons = ", ".join(f"{reason} ({n})" for reason, n in [*manifest.attrs["left_out"].items()][:3])
+        left_out = f" Left out: {reasons}." if reasons else ""
+        raise CorpusError(f"nothing of the corpus {name!r} is in {root}.{left_out} {how_to_get(name)}")
     return manifest
