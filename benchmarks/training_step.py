@@ -28,8 +28,9 @@ from transformers import AutoTokenizer, RobertaConfig, RobertaModel, RobertaToke
 from esr_utils import batches, manifests
 from esr_utils.config import ModelConfig, TrainConfig
 from esr_utils.objective import Objective, has_bf16
+from esr_utils.prompts import PromptBank
 from esr_utils.retriever import StyleRetriever
-from esr_utils.styles import STYLES, PromptBank
+from esr_utils.styles import STYLES
 from esr_utils.training import parameter_groups
 
 ROUNDS = 5

@@ -38,8 +38,9 @@ from esr_utils import metrics, modality, provenance, runs, scoring, trials
 from esr_utils.config import Level, TrainConfig
 from esr_utils.embedding import CACHE, Embeddings, embed
 from esr_utils.manifests import to_cuts
+from esr_utils.prompts import PromptBank
 from esr_utils.retriever import StyleRetriever
-from esr_utils.styles import STYLES, PromptBank
+from esr_utils.styles import STYLES
 from esr_utils.text import TextBackbone
 
 PROMPTS = ("seen", "held_out")

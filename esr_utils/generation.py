@@ -20,11 +20,13 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from esr_utils import runs, styles
+from esr_utils import prompts, runs
 from esr_utils.chat import Endpoint, LocalModel
-from esr_utils.styles import STYLES, Entry, PromptBank
+from esr_utils.prompts import Entry, PromptBank
+from esr_utils.styles import STYLES
+from esr_utils.wording import render, stems
 
-PHRASES, TEMPLATES = 5, 11  # the paper's counts; one template is styles.FIXED_TEMPLATE
+PHRASES, TEMPLATES = 5, 11  # the paper's counts; one template is prompts.FIXED_TEMPLATE
 _PHRASE = re.compile(r"[^\W\d_]+([ '-][^\W\d_]+){0,5}")
 _SENTENCE = re.compile(r"[A-Z][\w' ,-]{,100}\.")
 _PLACEHOLDER = re.compile(r"\{\w+\}")
@@ -120,7 +122,7 @@ def template_question() -> str:
     """What is asked for the templates."""
     return (
         f"I describe how speech sounds, with sentences that have a gap for the speaking style. One is "
-        f"{styles.FIXED_TEMPLATE!r}. Write {TEMPLATES - 1} more in English, each worded differently, that name no "
+        f"{prompts.FIXED_TEMPLATE!r}. Write {TEMPLATES - 1} more in English, each worded differently, that name no "
         "style themselves. Each begins with a capital, ends with a full stop, has at most 15 words, and has {style} "
         "once, where an adjective fits. An article right before it is written {a}, or {A} at the start of the "
         f"sentence, as in '{{A}} {{style}} voice.'.\n\n{_form('templates', TEMPLATES - 1)}"
@@ -136,11 +138,11 @@ def _form(name: str, count: int) -> str:
 def _read(text: str, name: str, count: int) -> tuple[str, ...]:
     """The strict JSON {name: [count strings]}."""
     try:
-        data = json.loads(text, object_pairs_hook=styles.unique_keys)
+        data = json.loads(text, object_pairs_hook=prompts.unique_keys)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"it is not JSON: {error}") from None
-    styles.expect_keys("the answer", data, {name})
-    given = styles.strings(name, data[name])
+    prompts.expect_keys("the answer", data, {name})
+    given = prompts.strings(name, data[name])
     if len(given) != count:
         raise ValueError(f"{name!r} holds {len(given)} and must hold {count}")
     return given
@@ -156,8 +158,8 @@ def check_phrases(text: str, style: str, entries: list[Entry]) -> tuple[str, ...
     given = _read(text, "phrases", PHRASES)
     problems = [f"{p!r} is not 1 to 6 lower-case words" for p in given if p != p.lower() or not _PHRASE.fullmatch(p)]
     together = entries + [(style, "seen", phrase) for phrase in given]
-    problems = problems or styles.phrase_problems(together)
-    clashes = [] if problems else styles.phrase_clashes(together).itertuples(index=False)
+    problems = problems or prompts.phrase_problems(together)
+    clashes = [] if problems else prompts.phrase_clashes(together).itertuples(index=False)
     for _, stem, *pair in clashes:
         (a_style, a), (b_style, b) = sorted((pair[:2], pair[2:]), key=lambda side: side[1] not in given)
         problems.append(f"{a!r} shares the word {stem!r} with {b!r}, which is taken by {b_style!r}")
@@ -170,16 +172,16 @@ def check_templates(text: str, ours: PromptBank) -> tuple[str, ...]:
     """The fixed template and those of an answer.
 
     Raises:
-        ValueError: with all that is wrong: not the JSON asked for, a rule of `styles.template_problems` or of the
+        ValueError: with all that is wrong: not the JSON asked for, a rule of `prompts.template_problems` or of the
             sentence's form broken, a word of a style, or two content words of one held-out template.
     """
-    templates = (styles.FIXED_TEMPLATE, *_read(text, "templates", TEMPLATES - 1))
-    problems = styles.template_problems(templates, ours.held_out_templates)
-    style_words = set().union(*(styles.stems(w) for s in STYLES for w in (ours.labels[s], *ours.held_out_phrases[s])))
+    templates = (prompts.FIXED_TEMPLATE, *_read(text, "templates", TEMPLATES - 1))
+    problems = prompts.template_problems(templates, ours.held_out_templates)
+    style_words = set().union(*(stems(w) for s in STYLES for w in (ours.labels[s], *ours.held_out_phrases[s])))
     for template in [] if problems else templates:
-        if not _SENTENCE.fullmatch(styles.render(template, "calm")):
+        if not _SENTENCE.fullmatch(render(template, "calm")):
             problems.append(f"{template!r} is not one plain sentence with a capital and a full stop")
-        if named := styles.stems(_PLACEHOLDER.sub(" ", template)) & style_words:
+        if named := stems(_PLACEHOLDER.sub(" ", template)) & style_words:
             problems.append(f"{template!r} names a style: {', '.join(sorted(named))}")
         for held_out in ours.held_out_templates:
             if len(shared := _content(template) & _content(held_out)) > 1:
@@ -191,4 +193,4 @@ def check_templates(text: str, ours: PromptBank) -> tuple[str, ...]:
 
 def _content(template: str) -> set[str]:
     """Stems of a template's words of four letters and more, placeholders aside."""
-    return styles.stems(" ".join(re.findall(r"[^\W\d_]{4,}", _PLACEHOLDER.sub(" ", template))))
+    return stems(" ".join(re.findall(r"[^\W\d_]{4,}", _PLACEHOLDER.sub(" ", template))))

@@ -15,7 +15,7 @@ from esr_utils import runs
 from esr_utils.config import ConfigError, ModelConfig, TrainConfig
 from esr_utils.corpora import DEMO_FOLDER, reading
 from esr_utils.manifests import load_corpora, read_manifest, with_root
-from esr_utils.styles import PROMPTS_PATH, PromptBank
+from esr_utils.prompts import PROMPTS_PATH, PromptBank
 
 
 class RunExists(ValueError):

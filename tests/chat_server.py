@@ -8,7 +8,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from esr_utils.styles import PromptBank
+from esr_utils.prompts import PromptBank
 
 BANK = PromptBank.load()
 STYLE_OF = {label: style for style, label in BANK.labels.items()}

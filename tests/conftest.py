@@ -25,9 +25,9 @@ from esr_utils import weights
 from esr_utils.config import ModelConfig
 from esr_utils.corpora import DEMO_FOLDER
 from esr_utils.manifests import load_corpora, with_root
+from esr_utils.prompts import PromptBank
 from esr_utils.retriever import StyleRetriever
 from esr_utils.speech import SpeechBackbone, load_speech_backbone
-from esr_utils.styles import PromptBank
 
 SENTENCES = {"train": (0, 1), "val": (0,), "test": (0, 1)}
 VOICES = {"train": ("f_alpha", "m_kumo"), "val": ("m_deep",), "test": ("f_gongi", "f_mix", "m_mid")}

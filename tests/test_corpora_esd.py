@@ -91,6 +91,7 @@ def test_what_is_left_out(tmp_path: Path, sound: bytes) -> None:
         "0011/Angry/0011_000000.wav",
         "0011/Angry/0011_001751.wav",
         "0011/Angry/._0011_000353.wav",
+        "0011/Angry/Notes.WAV",
         "0001/Angry/0001_000351.wav",
         "0021/Angry/0021_000351.wav",
     )
@@ -102,7 +103,7 @@ def test_what_is_left_out(tmp_path: Path, sound: bytes) -> None:
     assert Counter(files.values()) == {
         "same name as another file": 1,
         "unknown emotion 'Fear'": 1,
-        "name is not of ESD": 3,
+        "name is not of ESD": 4,
         "not an English speaker": 2,
     }
 
@@ -122,9 +123,10 @@ TEXTS = "0011_000001\tHe said: “caf\xe9”.\tNeutral\r\n0011_000002\tThe nine,
         (TEXTS.encode("utf-16-le"), "He said: “café”."),
         (TEXTS.encode("utf-16-be"), "He said: “café”."),
         (TEXTS.replace("“", '"').replace("”", '"').encode("latin-1"), 'He said: "café".'),
+        (TEXTS.encode().replace(b"\t", b"\t\0", 1), "He said: “café”."),  # a stray NUL does not make it UTF-16
         (TEXTS.replace("“", "").replace("”", "\x85").encode("latin-1"), "He said: café\x85."),  # not a line's end
     ],
-    ids=["utf-8", "utf-8-bom", "utf-16", "utf-16-be-bom", "utf-16-le", "utf-16-be", "latin-1", "next line"],
+    ids=["utf-8", "utf-8-bom", "utf-16", "utf-16-be-bom", "utf-16-le", "utf-16-be", "latin-1", "NUL", "next line"],
 )
 def test_encodings(tmp_path: Path, sound: bytes, data: bytes, first: str) -> None:
     put(tmp_path, sound, "0011/Neutral/0011_000001.wav", "0011/Neutral/0011_000002.wav")

@@ -112,9 +112,11 @@ def test_every_entry_is_kept_or_left_out_with_a_reason(tmp_path: Path) -> None:
         "[6.2901 - 8.2357]\tSes02F_impro01_F009\r\n",
         "[6.2901 - 8.2357]\tfamous last words\tneu\t[2.5000, 2.5000, 2.5000]\r\n",
         "[6.2901 - 8.2357]\tSes02X_impro01_F009\tneu\t[2.5000, 2.5000, 2.5000]\r\n",
+        "6.2901 - 8.2357]\tSes02F_impro01_F009\tneu\t[2.5000, 2.5000, 2.5000]\r\n",
+        "Ses02F_impro01_F009\tneu\r\n",
     ]
     labels = [
-        label(f"{dialog}_F000", "ang"),
+        "  " + label(f"{dialog}_F000", "ang"),
         label(f"{dialog}_F001", "joy"),
         label(f"{dialog}_F002", "hap"),  # no audio
         label(f"{dialog}_F003", "hap"),  # empty audio
@@ -137,6 +139,8 @@ def test_every_entry_is_kept_or_left_out_with_a_reason(tmp_path: Path) -> None:
         f"{file} 38": "malformed line",
         f"{file} 39": "malformed line",
         f"{file} 40": "malformed line",
+        f"{file} 41": "malformed line",
+        f"{file} 42": "malformed line",
         f"{wavs}_MXX1.wav": "not in the annotation files",
     }
 

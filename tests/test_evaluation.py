@@ -16,8 +16,9 @@ from esr_utils.config import TrainConfig
 from esr_utils.corpora import DEMO_FOLDER
 from esr_utils.embedding import Embeddings
 from esr_utils.evaluation import SYSTEMS, evaluate, style_queries
+from esr_utils.prompts import PROMPTS_PATH, PromptBank
 from esr_utils.provenance import clips_of_run
-from esr_utils.styles import PROMPTS_PATH, STYLES, PromptBank
+from esr_utils.styles import STYLES
 
 RECALLS = ("r@1", "r@5", "r@10", "r@20", "map@10")
 

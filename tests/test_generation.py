@@ -20,7 +20,8 @@ from test_chat import KEY, endpoint, trained, untrained  # noqa: F401 (fixtures)
 from esr_utils import generation, runs
 from esr_utils.chat import ChatError, LocalModel
 from esr_utils.generation import GenerationError, check_phrases, check_templates, generate
-from esr_utils.styles import FIXED_TEMPLATE, PROMPTS_PATH, STYLES, PromptBank
+from esr_utils.prompts import FIXED_TEMPLATE, PROMPTS_PATH, PromptBank
+from esr_utils.styles import STYLES
 
 FIXED = [(style, "seen", BANK.labels[style]) for style in STYLES]
 FIXED += [(style, "held_out", phrase) for style in STYLES for phrase in BANK.held_out_phrases[style]]

@@ -13,7 +13,7 @@ ROOT = Path(esr_utils.__file__).parent
 
 LAYERS = {
     "leaves": (
-        "config", "runs", "weights", "styles", "metrics", "intervals", "losses", "audio_files",
+        "config", "runs", "weights", "styles", "wording", "prompts", "metrics", "intervals", "losses", "audio_files",
         "manifest_schema", "modality", "tables", "paper",
     ),
     "data": ("manifests", "corpora", "provenance", "batches", "acoustics", "trials", "scoring", "controls"),

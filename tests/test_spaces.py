@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from esr_utils import evaluation, modality, spaces, training
+from esr_utils import modality, spaces, training
 from esr_utils.config import TrainConfig
+from esr_utils.prompts import PromptBank
 
 STYLES = np.array(["angry", "calm", "sad", "awe", "bored", "happy"])
 
@@ -86,7 +87,7 @@ def test_two_runs_on_the_same_clips_and_sentences(trained, manifest):
     assert np.abs(first - second).max() > 0  # they are two runs
     model, _ = training.load_run(trained / "with", "cpu")
     with torch.no_grad():
-        text = model.encode_text(evaluation.PromptBank.load().all_prompts("calm", "held_out")).numpy()
+        text = model.encode_text(PromptBank.load().all_prompts("calm", "held_out")).numpy()
     calm = ((about["modality"] == "text") & (about["style"] == "calm")).to_numpy()
     np.testing.assert_allclose(first[calm], text, atol=1e-6)
     table = spaces.modality_table(found)

@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 
 from esr_utils import checkpoints, objective, provenance, retriever, runs, training, weights
 from esr_utils.config import ConfigError, ModelConfig, TrainConfig
+from esr_utils.prompts import PROMPTS_PATH, PromptBank
 from esr_utils.provenance import RunExists
 from esr_utils.retriever import StyleRetriever
-from esr_utils.styles import PROMPTS_PATH, STYLES, PromptBank
+from esr_utils.styles import STYLES
 from esr_utils.training import fit
 
 CONFIG = TrainConfig(

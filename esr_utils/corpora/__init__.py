@@ -61,8 +61,10 @@ def read_lines(file: Path) -> list[str]:
 def _decoded(data: bytes) -> str:
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return data.decode("utf-16", errors="replace")
-    if b"\0" in data:  # text has no NUL but in UTF-16, where the high byte of a Latin letter is one
-        return data.decode("utf-16-be" if data.startswith(b"\0") else "utf-16-le", errors="replace")
+    first, second = data[::2].count(0), data[1::2].count(0)
+    if 4 * max(first, second) > len(data):  # in UTF-16 the high byte of a Latin letter is NUL
+        return data.decode("utf-16-be" if first > second else "utf-16-le", errors="replace")
+    data = data.replace(b"\0", b"")  # strays
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -120,5 +122,7 @@ def prepare(name: str, root: str | Path) -> pd.DataFrame:
     """
     manifest = corpus_module(name).prepare(Path(root), **reading(name)[1])
     if manifest.empty:
-        raise CorpusError(f"nothing of the corpus {name!r} is in {root}. {how_to_get(name)}")
+        reasons = ", ".join(f"{reason} ({n})" for reason, n in [*manifest.attrs["left_out"].items()][:3])
+        left_out = f" Left out: {reasons}." if reasons else ""
+        raise CorpusError(f"nothing of the corpus {name!r} is in {root}.{left_out} {how_to_get(name)}")
     return manifest

@@ -52,7 +52,7 @@ def prepare(root: Path) -> pd.DataFrame:
     """
     texts, left_out = _transcripts(root)
     rows: dict[str, dict] = {}
-    for file in sorted(root.rglob("*.wav")):
+    for file in sorted(file for file in root.rglob("*") if file.suffix.lower() == ".wav"):
         path = file.relative_to(root).as_posix()
         parts = _NAME.fullmatch(file.stem)
         folder = file.parent if file.parent.name in SPLITS else None

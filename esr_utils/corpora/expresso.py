@@ -150,18 +150,24 @@ def read_splits(folder: Path) -> tuple[list[Entry], dict[str, str]]:
 
 
 def read_speech(file: Path) -> tuple[Speech, dict[str, str]]:
-    """The stretches of speech in the long recordings, and the malformed lines.
+    """The stretches of speech in the long recordings, and the lines that are malformed or repeated.
+
+    Malformed is also a line in which a stretch ends before it begins, or begins before the last one ended.
 
     Raises:
         CorpusError: no such file.
     """
     speech, left_out = {}, {}
     for place, line in _lines(file):
-        name, _, stretches = line.partition("\t")
-        if not name or _STRETCH.sub("", stretches).strip():
+        name, _, rest = line.partition("\t")
+        stretches = [(_hundredths(start), _hundredths(end)) for start, end in _STRETCH.findall(rest)]
+        bounds = [bound for stretch in stretches for bound in stretch]
+        if re.search(r"[\s(]", name) or _STRETCH.sub("", rest).strip() or bounds != sorted(bounds):
             left_out[place] = "malformed line"
+        elif name in speech:
+            left_out[place] = "names a voice for the second time"
         else:
-            speech[name] = [(_hundredths(start), _hundredths(end)) for start, end in _STRETCH.findall(stretches)]
+            speech[name] = stretches
     return speech, left_out
 
 

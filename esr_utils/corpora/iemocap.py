@@ -34,7 +34,8 @@ LAYOUT = "Session1/dialog/EmoEvaluation/Ses01F_impro01.txt, Session1/dialog/tran
 NO_STYLE = {"oth": "an emotion that is none of the nine (oth)", "xxx": "the raters do not agree (xxx)"}
 GENDERS = {"F": "female", "M": "male"}
 
-_LABEL = re.compile(r"\[[\d. ]+-[\d. ]+\]\s+(?P<name>\S+)\s+(?P<code>\w+)\s+\[[^\]]+\]\s*")
+_LABEL = re.compile(r"\s*\[[\d. ]+-[\d. ]+\]\s+(?P<name>\S+)\s+(?P<code>\w+)\s+\[[^\]]+\]\s*")
+_NO_LABEL = re.compile(r"\s*([AC]-.*|%.*)?")
 _NAME = re.compile(r"(?P<dialog>(?P<session>Ses\d\d)[FM]_\w+)_(?P<gender>[FM])\w*")
 _SPOKEN = re.compile(r"(?P<name>Ses\S+)\s*\[[^\]]*\]:\s*(?P<text>.*)")
 
@@ -75,12 +76,12 @@ def prepare(root: Path) -> pd.DataFrame:
 def _labels(root: Path) -> Iterator[tuple[str, str, re.Match | None, re.Match | None]]:
     """The lines of the EmoEvaluation files that label: session folder, file and line, the label, the name's parts.
 
-    All others are what single raters said (`C-E1:`, `A-F1:`), the header (%) and blank ones.
+    The others are what single raters said (`C-E1:`, `A-F1:`), the header (%) and blank ones.
     """
     for file in sorted(root.rglob("dialog/EmoEvaluation/Ses*.txt")):
         session = file.parents[2].relative_to(root).as_posix()
         for number, line in enumerate(read_lines(file), start=1):
-            if line.startswith("["):
+            if not _NO_LABEL.fullmatch(line):
                 label = _LABEL.fullmatch(line)
                 place = f"{file.relative_to(root).as_posix()} line {number}"
                 yield session, place, label, _NAME.fullmatch(label["name"]) if label else None
