@@ -35,7 +35,10 @@ class Estimate:
         weights = intervals.seed_weights(len(values), len(replicates[0]))
         return cls(float(np.mean(values)), np.einsum("rs,sr->r", weights, np.stack(replicates)))
 
-    def cell(self) -> Cell:
+    def cell(self, n_clips: int = 0) -> Cell:
+        """With its interval; `n_clips`, if they are few, are what it is a share of."""
+        if n_clips:
+            return Cell(self.value, tuple(intervals.interval_of_few(self.replicates, self.value, n_clips)))
         return Cell(self.value, tuple(intervals.interval(self.replicates, self.value)))
 
     def minus(self, other: Estimate) -> Cell:
@@ -249,18 +252,10 @@ def duration_table(entries: Sequence[Entry]) -> pd.DataFrame:
                 for j, k in enumerate(trials.KS):
                     values = [table.loc[i, f"r@{k}"] for table, _ in binned]
                     drawn = [replicates[i, :, j] for _, replicates in binned]
-                    row[f"R@{k}"] = _in_bin(Estimate.over_seeds(values, drawn), row["clips"]) if row["trials"] else ""
+                    row[f"R@{k}"] = Estimate.over_seeds(values, drawn).cell(row["clips"]) if row["trials"] else ""
                 rows[corpus, entry.label, name] = row
     index = pd.MultiIndex.from_tuples(rows, names=["corpus", "model", "duration"])
     return pd.DataFrame(list(rows.values()), index)
-
-
-def _in_bin(estimate: Estimate, n_clips: int) -> Cell:
-    """A bin may be so small that all of it is found, or none: then its interval is that of so many clips."""
-    cell = estimate.cell()
-    if cell.value in (0, 1) and cell.interval[1] - cell.interval[0] < 1e-9:  # sums of exact shares may be off by less
-        return Cell(cell.value, tuple(intervals.spread_of_none(cell.value, n_clips)))
-    return cell
 
 
 def _by_duration(found: evaluation.Evaluation, corpus: str, system: str) -> tuple[pd.DataFrame, NDArray]:
@@ -269,15 +264,24 @@ def _by_duration(found: evaluation.Evaluation, corpus: str, system: str) -> tupl
     return scorer.by_bin(found.scores[corpus][system], bins, len(DURATION_BINS))
 
 
-def caption(entries: Sequence[Entry]) -> str:
-    """How the numbers of a table came about, in a sentence for each matter."""
+def protocols(entries: Sequence[Entry]) -> dict[str, str]:
+    """Corpus -> "1-in-401", for titles."""
+    return {corpus: scorer.trials.protocol for corpus, scorer in entries[0].evaluations[0].scorers.items()}
+
+
+def caption(entries: Sequence[Entry], ranked_by: str = "") -> str:
+    """How the numbers of a table came about, in a sentence for each matter.
+
+    Args:
+        ranked_by: what ranked the clips, where it is not what the rows of `entries` are of.
+    """
     found = entries[0].evaluations[0]
     of_corpus = [
         f"{corpus}: {scorer.trials.protocol}, {len(scorer.clips)} clips of {scorer.clips['speaker'].nunique()} speakers"
         f", intervals over {scorer.bootstrap}s"
         for corpus, scorer in found.scorers.items()
     ]
-    systems = ", ".join(dict.fromkeys(entry.system.replace("_", "-") for entry in entries))
+    systems = ranked_by or ", ".join(dict.fromkeys(entry.system.replace("_", "-") for entry in entries))
     alone = "the intervals of one seed do not speak for another"
     if any(len(entry.seeds) > 1 for entry in entries):
         alone = f"a row of several seeds is their mean, with an interval over seeds too; {alone}"

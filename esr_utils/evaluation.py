@@ -3,13 +3,14 @@
 A model ranks clips in up to three ways, its systems: by their similarity to the `seen` prompts of a style, to the
 `held_out` ones, or by its style `classifier`'s logit for the style, which is the paper's baseline (ESR section IV-D).
 
-Every number is a fraction. Trials and classification come with a 95 % bootstrap interval over speakers, then their
-utterances (see `intervals`), never over the trials. Keys of the flat results:
+Every number is a fraction. Trials, the collection and classification come with a 95 % bootstrap interval over speakers,
+then their utterances (see `intervals`), never over the trials. Keys of the flat results:
 
     <corpus>/<system>/r@1, r@5, r@10, r@20, map@10        trials, mean over styles
     <corpus>/<system>/collection/p@10, map                every clip of the split ranked, many are right
     <corpus>/<system>/<column>=<value>/r@1 …              trials whose positive has that gender or language, or a style
-                                                          that was (trained=yes) or was not (no) trained on
+                                                          that was (trained=yes) or was not (no) trained on;
+                                                          clips, how many they are
     <corpus>/zero_shot/accuracy, uar                      highest score over the styles present, seen prompts
     <corpus>/zero_shot_held_out/accuracy, uar             likewise, held-out prompts
     <corpus>/classifier/accuracy, uar                     likewise, the classifier's logits for the styles present
@@ -55,7 +56,7 @@ class Evaluation:
     Attributes:
         results: the flat dict above, ready for results.json.
         replicates: (R,) bootstrap values under the same keys as `results`, of each that has an interval.
-        per_style: one row per corpus, system and style, with the trials' means.
+        per_style: one row per corpus, system and style, with the trials' means and their intervals.
         confusion: corpus -> styles × styles counts, rows true, columns found (first system).
         scorers: corpus -> its clips, trials and replicates.
         scores: corpus -> system -> (N, S), as its scorer takes them.

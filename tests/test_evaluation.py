@@ -29,8 +29,8 @@ def with_intervals(names) -> set[str]:
 def expected_keys(corpus: str, systems=SYSTEMS) -> set[str]:
     keys = {f"{corpus}/{name}" for name in ("n_clips", "n_skipped", "n_candidates", "bootstrap")}
     for system in systems:
-        names = with_intervals(RECALLS) | {"collection/p@10", "collection/map"}
-        names |= {f"gender={gender}/{name}" for gender in ("female", "male") for name in RECALLS}
+        names = with_intervals((*RECALLS, "collection/p@10", "collection/map"))
+        names |= {f"gender={g}/{name}" for g in ("female", "male") for name in (*with_intervals(RECALLS), "clips")}
         names |= {"accuracy_of_22"} if system == "classifier" else {"modality_gap"}
         keys |= {f"{corpus}/{system}/{name}" for name in names}
         task = {"seen": "zero_shot", "held_out": "zero_shot_held_out", "classifier": "classifier"}[system]
