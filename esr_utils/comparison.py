@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from esr_utils import evaluation, intervals, paper, runs, training, trials
+from esr_utils import evaluation, intervals, modality, paper, runs, training, trials
 from esr_utils.tables import Cell
 
 DURATION_BINS = ("< 4 s", "4–6 s", "6–8 s", "8–10 s", "> 10 s")
@@ -35,11 +35,12 @@ class Estimate:
         weights = intervals.seed_weights(len(values), len(replicates[0]))
         return cls(float(np.mean(values)), np.einsum("rs,sr->r", weights, np.stack(replicates)))
 
-    def cell(self, n_clips: int = 0) -> Cell:
-        """With its interval; `n_clips`, if they are few, are what it is a share of."""
-        if n_clips:
-            return Cell(self.value, tuple(intervals.interval_of_few(self.replicates, self.value, n_clips)))
-        return Cell(self.value, tuple(intervals.interval(self.replicates, self.value)))
+    def cell(self, largest: float = 1.0) -> Cell:
+        return Cell(self.value, tuple(intervals.interval(self.replicates, self.value, (0.0, largest))))
+
+    def cell_of_few(self, n_clips: int) -> Cell:
+        """Of a share of so few clips that all of them may be found, or none (`intervals.interval_of_few`)."""
+        return Cell(self.value, tuple(intervals.interval_of_few(self.replicates, self.value, n_clips)))
 
     def minus(self, other: Estimate) -> Cell:
         difference = self.value - other.value
@@ -84,7 +85,7 @@ class Entry:
         key = f"{corpus}/{self.system}/modality_gap"
         if key not in self.evaluations[0].results:
             return ""
-        return Cell(float(np.mean([found.results[key] for found in self.evaluations])))
+        return self._estimate(key).cell(modality.LARGEST_GAP)
 
     def _estimate(self, key: str) -> Estimate:
         values = [found.results[key] for found in self.evaluations]
@@ -252,7 +253,9 @@ def duration_table(entries: Sequence[Entry]) -> pd.DataFrame:
                 for j, k in enumerate(trials.KS):
                     values = [table.loc[i, f"r@{k}"] for table, _ in binned]
                     drawn = [replicates[i, :, j] for _, replicates in binned]
-                    row[f"R@{k}"] = Estimate.over_seeds(values, drawn).cell(row["clips"]) if row["trials"] else ""
+                    row[f"R@{k}"] = (
+                        Estimate.over_seeds(values, drawn).cell_of_few(row["clips"]) if row["trials"] else ""
+                    )
                 rows[corpus, entry.label, name] = row
     index = pd.MultiIndex.from_tuples(rows, names=["corpus", "model", "duration"])
     return pd.DataFrame(list(rows.values()), index)
