@@ -177,8 +177,16 @@ def joint_map(points: NDArray, styles: list[str], modality: list[str], title: st
 
 
 def joint_maps(spaces: dict[str, tuple[NDArray, pd.DataFrame]], method: str, seed: int = 0) -> Figure:
-    """A `joint_map` of each space beside the other: title -> what `evaluation.joint_space` returns."""
-    return _maps({title: (project_2d(vectors, method, seed), about) for title, (vectors, about) in spaces.items()})
+    """A `joint_map` of each space beside the other: title -> what `evaluation.joint_space` returns.
+
+    A title says the method, and which epoch a space is of where that is known (`spaces.joint_spaces`).
+    """
+    named = {"tsne": "t-SNE", "umap": "UMAP"}.get(method, method)
+    maps = {}
+    for title, (vectors, about) in spaces.items():
+        lines = [f"{title}, {named}", about.attrs.get("checkpoint", "")]
+        maps["\n".join(filter(None, lines))] = project_2d(vectors, method, seed), about
+    return _maps(maps)
 
 
 def _maps(maps: dict[str, tuple[NDArray, pd.DataFrame]]) -> Figure:

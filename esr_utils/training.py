@@ -69,12 +69,24 @@ def fit(
     if config.prompt_bank:
         config = config.but(prompt_bank=str(Path(config.prompt_bank).expanduser().resolve()))
     folder, place = runs.run_folder(run), runs.pick_device(device)
+    _check_first_stage(manifest, config)
     provenance.begin(manifest, folder, model_config, config)
     if processes > 1:
         _fit_in_processes(manifest, folder, device, cache, processes)
     else:
         _Trainer(manifest, folder, model_config, config, device, cache).run()
     return StyleRetriever.load(folder / "best", place)
+
+
+def _check_first_stage(manifest: pd.DataFrame, config: TrainConfig) -> None:
+    """Refuses a stage of classification alone that has nothing to classify: its epochs would pass for training."""
+    clips = manifest[(manifest["split"] == "train") & ~manifest["style"].isin(config.held_out_styles)]
+    if clips.empty or config.stage(0) != "classify":
+        return
+    if (unlabelled := (clips["style"] == "").all()) or config.classification_weight == 0:
+        why = "no training clip has a style" if unlabelled else "classification_weight is 0"
+        advice = "" if config.objective == "classifier" else ": set classify_epochs to 0"
+        raise ConfigError(f"{why}, so the stage of classification alone would train nothing{advice}")
 
 
 def _fit_in_processes(manifest: pd.DataFrame, folder: Path, device: str, cache: Path, count: int) -> None:

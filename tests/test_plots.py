@@ -57,10 +57,12 @@ def test_a_corpus_is_a_row_of_panels():
 def test_maps_side_by_side_share_their_colours():
     rng = np.random.default_rng(0)
     about = pd.DataFrame({"style": ["awe", "sad"] * 6, "modality": ["speech"] * 8 + ["text"] * 4})
-    joint = {name: (rng.standard_normal((12, 4)), about) for name in ("with_d", "without_d")}
+    joint = {name: (rng.standard_normal((12, 4)), about.copy()) for name in ("with_d", "without_d")}
+    joint["with_d"][1].attrs["checkpoint"] = "epoch 9 of 40"
     figure = plots.joint_maps(joint, "tsne")
     assert [axis.get_title() for axis in figure.axes] == [
-        f"{name}\n8 dots: speech, 4 crosses: text" for name in ("with-d", "without-d")
+        "with-d, t-SNE\nepoch 9 of 40\n8 dots: speech, 4 crosses: text",
+        "without-d, t-SNE\n8 dots: speech, 4 crosses: text",
     ]
     for axis in figure.axes:
         dots, crosses = axis.collections
