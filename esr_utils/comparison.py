@@ -18,6 +18,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from esr_utils import evaluation, intervals, modality, paper, runs, training, trials
+from esr_utils.config import ModelConfig, TrainConfig
 from esr_utils.tables import Cell
 
 DURATION_BINS = ("< 4 s", "4–6 s", "6–8 s", "8–10 s", "> 10 s")
@@ -112,7 +113,9 @@ def by_settings(names: Sequence[str]) -> dict[str, list[str]]:
         if not (folder / "config.json").is_file():
             raise ValueError(f"there is no run {name!r} (looked in {folder}): train it with notebook 03_train")
         settings = runs.read_json(folder / "config.json")
-        flat = {**settings["model"], **settings["training"], "corpora": "+".join(settings["corpora"])}
+        # Through the configs, so that a setting that an older run does not know has its default.
+        configs = ModelConfig.from_dict(settings["model"]), TrainConfig.from_dict(settings["training"])
+        flat = {**configs[0].to_dict(), **configs[1].to_dict(), "corpora": "+".join(settings["corpora"])}
         flat |= {"manifest": settings["manifest_sha256"][:8], "prompts": settings["prompts_sha256"][:8]}
         seed = flat.pop("seed")
         same = json.dumps(flat, sort_keys=True)
