@@ -25,13 +25,13 @@ from esr_utils.config import SAMPLE_RATE
 from esr_utils.manifests import to_cuts
 from esr_utils.styles import STYLES
 
-# One colour a style in every figure. The styles that most corpora have are dark, as far apart as eleven hues can be, so
-# that a map of a few styles can be read; the others are light.
+# One colour a style in every figure. The styles that most corpora have are dark, as far apart as eleven hues can be,
+# with neighbouring hues by turns darker, so that a map of a few styles can be read; the others are light.
 _FREQUENT = (
     "angry", "bored", "happy", "disgusted", "fearful", "calm", "whispered", "sad", "neutral", "laughing", "surprised",
 )  # fmt: skip
 COLOURS = {
-    **dict(zip(_FREQUENT, sns.husl_palette(11, l=0.5), strict=True)),
+    **{style: sns.husl_palette(11, l=0.38 + 0.2 * (i % 2))[i] for i, style in enumerate(_FREQUENT)},
     **dict(zip([s for s in STYLES if s not in _FREQUENT], sns.husl_palette(11, h=0.05, l=0.76), strict=True)),
 }
 
