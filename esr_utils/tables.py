@@ -76,7 +76,8 @@ def groups(results: dict) -> pd.DataFrame:
     for key in results:
         if "=" in key:
             corpus, system, group, name = key.split("/")
-            systems.setdefault((corpus, group, system), {})[name] = cell(results, key)
+            value = results[key] if name == "clips" else cell(results, key)
+            systems.setdefault((corpus, group, system), {})[name] = value
     return _table(systems, ["corpus", "group", "ranked by"], ("clips", *_COLUMNS))
 
 
