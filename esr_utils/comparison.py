@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from esr_utils import evaluation, intervals, paper, runs, training, trials
+from esr_utils import evaluation, intervals, modality, paper, runs, training, trials
+from esr_utils.config import ModelConfig, TrainConfig
 from esr_utils.tables import Cell
 
 DURATION_BINS = ("< 4 s", "4–6 s", "6–8 s", "8–10 s", "> 10 s")
@@ -35,8 +36,12 @@ class Estimate:
         weights = intervals.seed_weights(len(values), len(replicates[0]))
         return cls(float(np.mean(values)), np.einsum("rs,sr->r", weights, np.stack(replicates)))
 
-    def cell(self) -> Cell:
-        return Cell(self.value, tuple(intervals.interval(self.replicates, self.value)))
+    def cell(self, largest: float = 1.0) -> Cell:
+        return Cell(self.value, tuple(intervals.interval(self.replicates, self.value, (0.0, largest))))
+
+    def cell_of_few(self, n_clips: int) -> Cell:
+        """Of a share of so few clips that all of them may be found, or none (`intervals.interval_of_few`)."""
+        return Cell(self.value, tuple(intervals.interval_of_few(self.replicates, self.value, n_clips)))
 
     def minus(self, other: Estimate) -> Cell:
         difference = self.value - other.value
@@ -81,7 +86,7 @@ class Entry:
         key = f"{corpus}/{self.system}/modality_gap"
         if key not in self.evaluations[0].results:
             return ""
-        return Cell(float(np.mean([found.results[key] for found in self.evaluations])))
+        return self._estimate(key).cell(modality.LARGEST_GAP)
 
     def _estimate(self, key: str) -> Estimate:
         values = [found.results[key] for found in self.evaluations]
@@ -108,7 +113,9 @@ def by_settings(names: Sequence[str]) -> dict[str, list[str]]:
         if not (folder / "config.json").is_file():
             raise ValueError(f"there is no run {name!r} (looked in {folder}): train it with notebook 03_train")
         settings = runs.read_json(folder / "config.json")
-        flat = {**settings["model"], **settings["training"], "corpora": "+".join(settings["corpora"])}
+        # Through the configs, so that a setting that an older run does not know has its default.
+        configs = ModelConfig.from_dict(settings["model"]), TrainConfig.from_dict(settings["training"])
+        flat = {**configs[0].to_dict(), **configs[1].to_dict(), "corpora": "+".join(settings["corpora"])}
         flat |= {"manifest": settings["manifest_sha256"][:8], "prompts": settings["prompts_sha256"][:8]}
         seed = flat.pop("seed")
         same = json.dumps(flat, sort_keys=True)
@@ -249,18 +256,12 @@ def duration_table(entries: Sequence[Entry]) -> pd.DataFrame:
                 for j, k in enumerate(trials.KS):
                     values = [table.loc[i, f"r@{k}"] for table, _ in binned]
                     drawn = [replicates[i, :, j] for _, replicates in binned]
-                    row[f"R@{k}"] = _in_bin(Estimate.over_seeds(values, drawn), row["clips"]) if row["trials"] else ""
+                    row[f"R@{k}"] = (
+                        Estimate.over_seeds(values, drawn).cell_of_few(row["clips"]) if row["trials"] else ""
+                    )
                 rows[corpus, entry.label, name] = row
     index = pd.MultiIndex.from_tuples(rows, names=["corpus", "model", "duration"])
     return pd.DataFrame(list(rows.values()), index)
-
-
-def _in_bin(estimate: Estimate, n_clips: int) -> Cell:
-    """A bin may be so small that all of it is found, or none: then its interval is that of so many clips."""
-    cell = estimate.cell()
-    if cell.value in (0, 1) and cell.interval[1] - cell.interval[0] < 1e-9:  # sums of exact shares may be off by less
-        return Cell(cell.value, tuple(intervals.spread_of_none(cell.value, n_clips)))
-    return cell
 
 
 def _by_duration(found: evaluation.Evaluation, corpus: str, system: str) -> tuple[pd.DataFrame, NDArray]:
@@ -269,15 +270,24 @@ def _by_duration(found: evaluation.Evaluation, corpus: str, system: str) -> tupl
     return scorer.by_bin(found.scores[corpus][system], bins, len(DURATION_BINS))
 
 
-def caption(entries: Sequence[Entry]) -> str:
-    """How the numbers of a table came about, in a sentence for each matter."""
+def protocols(entries: Sequence[Entry]) -> dict[str, str]:
+    """Corpus -> "1-in-401", for titles."""
+    return {corpus: scorer.trials.protocol for corpus, scorer in entries[0].evaluations[0].scorers.items()}
+
+
+def caption(entries: Sequence[Entry], ranked_by: str = "") -> str:
+    """How the numbers of a table came about, in a sentence for each matter.
+
+    Args:
+        ranked_by: what ranked the clips, where it is not what the rows of `entries` are of.
+    """
     found = entries[0].evaluations[0]
     of_corpus = [
         f"{corpus}: {scorer.trials.protocol}, {len(scorer.clips)} clips of {scorer.clips['speaker'].nunique()} speakers"
         f", intervals over {scorer.bootstrap}s"
         for corpus, scorer in found.scorers.items()
     ]
-    systems = ", ".join(dict.fromkeys(entry.system.replace("_", "-") for entry in entries))
+    systems = ranked_by or ", ".join(dict.fromkeys(entry.system.replace("_", "-") for entry in entries))
     alone = "the intervals of one seed do not speak for another"
     if any(len(entry.seeds) > 1 for entry in entries):
         alone = f"a row of several seeds is their mean, with an interval over seeds too; {alone}"

@@ -3,13 +3,14 @@
 A model ranks clips in up to three ways, its systems: by their similarity to the `seen` prompts of a style, to the
 `held_out` ones, or by its style `classifier`'s logit for the style, which is the paper's baseline (ESR section IV-D).
 
-Every number is a fraction. Trials and classification come with a 95 % bootstrap interval over speakers, then their
-utterances (see `intervals`), never over the trials. Keys of the flat results:
+Every number is a fraction. Trials, the collection and classification come with a 95 % bootstrap interval over speakers,
+then their utterances (see `intervals`), never over the trials. Keys of the flat results:
 
     <corpus>/<system>/r@1, r@5, r@10, r@20, map@10        trials, mean over styles
     <corpus>/<system>/collection/p@10, map                every clip of the split ranked, many are right
     <corpus>/<system>/<column>=<value>/r@1 …              trials whose positive has that gender or language, or a style
-                                                          that was (trained=yes) or was not (no) trained on
+                                                          that was (trained=yes) or was not (no) trained on;
+                                                          clips, how many they are
     <corpus>/zero_shot/accuracy, uar                      highest score over the styles present, seen prompts
     <corpus>/zero_shot_held_out/accuracy, uar             likewise, held-out prompts
     <corpus>/classifier/accuracy, uar                     likewise, the classifier's logits for the styles present
@@ -34,7 +35,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from esr_utils import metrics, modality, provenance, runs, scoring, trials
+from esr_utils import intervals, metrics, modality, provenance, runs, scoring, trials
 from esr_utils.config import Level, TrainConfig
 from esr_utils.embedding import CACHE, Embeddings, embed
 from esr_utils.manifests import to_cuts
@@ -56,7 +57,7 @@ class Evaluation:
     Attributes:
         results: the flat dict above, ready for results.json.
         replicates: (R,) bootstrap values under the same keys as `results`, of each that has an interval.
-        per_style: one row per corpus, system and style, with the trials' means.
+        per_style: one row per corpus, system and style, with the trials' means and their intervals.
         confusion: corpus -> styles × styles counts, rows true, columns found (first system).
         scorers: corpus -> its clips, trials and replicates.
         scores: corpus -> system -> (N, S), as its scorer takes them.
@@ -175,7 +176,7 @@ def evaluate(
             else:
                 queries = style_queries(model, scorer.styles, system, bank)
                 scores = vectors @ queries.T
-                found.results[f"{corpus}/{system}/modality_gap"] = modality.gap(vectors, queries)
+                found.results |= _modality_gap(found, f"{corpus}/{system}/modality_gap", vectors, queries, scorer)
             per_style.append(_score(found, corpus, system, scores))
         found.confusion[corpus] = scorer.confusion(found.scores[corpus][systems[0]])
         found.results |= {
@@ -194,6 +195,13 @@ def evaluate(
         "split": split,
     }
     return found
+
+
+def _modality_gap(found: Evaluation, key: str, vectors: NDArray, queries: NDArray, scorer: scoring.Scorer) -> dict:
+    value = modality.gap(vectors, queries)
+    found.replicates[key] = modality.gap_replicates(vectors, queries, scorer.weights)
+    bounds = (0.0, modality.LARGEST_GAP)
+    return {key: value, f"{key}_ci95": intervals.interval(found.replicates[key], value, bounds)}
 
 
 def _score(found: Evaluation, corpus: str, system: str, scores: NDArray) -> pd.DataFrame:
@@ -217,8 +225,12 @@ def joint_space(
     prompts: str = "held_out",
     bank: PromptBank | None = None,
 ) -> tuple[NDArray[np.float32], pd.DataFrame]:
-    """Speech and text vectors of the same styles, stacked: (N + M, d), and a row each with `style` and `modality`."""
-    style = manifest.set_index("utterance_id")["style"].loc[embeddings.utterance_ids]
+    """Speech and text vectors of the same styles, stacked: (N + M, d), and a row each.
+
+    Columns: style; modality; speaker, by corpus, of a clip.
+    """
+    clips = manifest.set_index("utterance_id").loc[embeddings.utterance_ids]
+    style, speaker = clips["style"], clips["corpus"] + "/" + clips["speaker"]
     bank = bank or PromptBank.load()
     texts = [(s, prompt) for s in sorted(set(style) - {""}) for prompt in bank.all_prompts(s, prompts)]
     vectors = model.encode_text([prompt for _, prompt in texts]).cpu().numpy()
@@ -226,6 +238,7 @@ def joint_space(
         {
             "style": [*style, *(s for s, _ in texts)],
             "modality": ["speech"] * len(style) + ["text"] * len(texts),
+            "speaker": [*speaker, *[""] * len(texts)],
         }
     )
     return np.vstack([embeddings.vectors, vectors]), about

@@ -75,3 +75,11 @@ def spread_of_none(value: float, n_clips: int) -> list[float]:
     """
     bound = 0.025 ** (1 / n_clips)
     return [bound, 1.0] if value == 1 else [0.0, 1 - bound]
+
+
+def interval_of_few(values: ArrayLike, estimate: float, n_clips: int) -> list[float]:
+    """`interval` of a share of clips so few that all of them may be found, or none; then it is `spread_of_none`."""
+    low, high = interval(values, estimate)
+    if estimate in (0, 1) and high - low < 1e-9:  # sums of exact shares may be off by less
+        return spread_of_none(estimate, n_clips)
+    return [low, high]

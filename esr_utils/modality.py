@@ -10,14 +10,22 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold, cross_val_score
 
+LARGEST_GAP = 2.0
+
 
 def gap(speech: NDArray, text: NDArray) -> float:
     """Distance between the centroids of speech and text, (N, d) and (M, d) unit vectors or means of them.
 
-    0 where the two share one centre, 2 at most (Liang et al., "Mind the Gap", 2022). Compare it with
+    0 where the two share one centre, 2 (`LARGEST_GAP`) at most (Liang et al., "Mind the Gap", 2022). Compare it with
     `style_distance`: a gap as wide as two styles are apart is a gap.
     """
     return float(np.linalg.norm(speech.mean(axis=0) - text.mean(axis=0)))
+
+
+def gap_replicates(speech: NDArray, text: NDArray, weights: NDArray) -> NDArray[np.floating]:
+    """(R,) `gap` in each bootstrap replicate of the clips, weights (R, N); the sentences are what they are."""
+    centroids = weights @ speech / weights.sum(axis=1, keepdims=True)
+    return np.linalg.norm(centroids - text.mean(axis=0), axis=1)
 
 
 def style_distance(vectors: NDArray, styles: Sequence[str]) -> float:

@@ -10,6 +10,7 @@ processes.
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator
 
 import numpy as np
@@ -22,6 +23,22 @@ from esr_utils.config import TrainConfig
 from esr_utils.retriever import StyleRetriever
 
 Values = dict[str, tuple[float, int]]  # term -> its mean, and over how many clips
+
+
+class Mean:
+    """Mean over batches of named values, each weighted by the clips that it is of; 0 where there are none."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = defaultdict(float)
+        self.clips: dict[str, int] = defaultdict(int)
+
+    def add(self, values: Values) -> None:
+        for name, (value, clips) in values.items():
+            self.sums[name] += value * clips
+            self.clips[name] += clips
+
+    def means(self) -> dict[str, float]:
+        return {name: total / max(1, self.clips[name]) for name, total in self.sums.items()}
 
 
 class Objective(nn.Module):

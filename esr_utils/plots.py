@@ -16,6 +16,7 @@ import soundfile
 from IPython.display import HTML
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from sklearn.manifold import TSNE
 
@@ -24,17 +25,19 @@ from esr_utils.config import SAMPLE_RATE
 from esr_utils.manifests import to_cuts
 from esr_utils.styles import STYLES
 
-# One colour a style in every figure. The styles that most corpora have are dark, as far apart as eleven hues can be, so
-# that a map of a few styles can be read; the others are light.
+# One colour a style in every figure. The styles that most corpora have are dark, as far apart as eleven hues can be,
+# with neighbouring hues by turns darker, so that a map of a few styles can be read; the others are light.
 _FREQUENT = (
     "angry", "bored", "happy", "disgusted", "fearful", "calm", "whispered", "sad", "neutral", "laughing", "surprised",
 )  # fmt: skip
 COLOURS = {
-    **dict(zip(_FREQUENT, sns.husl_palette(11, l=0.5), strict=True)),
+    **{style: sns.husl_palette(11, l=0.38 + 0.2 * (i % 2))[i] for i, style in enumerate(_FREQUENT)},
     **dict(zip([s for s in STYLES if s not in _FREQUENT], sns.husl_palette(11, h=0.05, l=0.76), strict=True)),
 }
 
 _SYSTEM_COLOURS = {"seen": "#33658a", "held_out": "#f6ae2d", "classifier": "#8f8f8f"}
+SYSTEM_NAMES = {"seen": "seen prompts", "held_out": "held-out prompts", "classifier": "style classifier"}
+_STAGE_COLOURS = {"classify": "#dce6f2", "align": "#e3f0dc", "adversarial": "#f8e6da"}
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
@@ -51,21 +54,21 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
 
 
 def training_curves(metrics: list[dict]) -> Figure:
-    """Loss terms over the epochs of `runs.read_metrics`, train and validation, with the stages shaded."""
+    """Loss terms over the epochs of `runs.read_metrics`, train and validation, with the stages in colour."""
     table = pd.DataFrame(metrics)
     terms = [t for t in ("classification", "contrastive", "adversarial") if f"train_{t}" in table]
-    figure, axes = plt.subplots(1, len(terms), figsize=(4 * len(terms), 3.2), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(terms), figsize=(4 * len(terms) + 1.2, 3.2), squeeze=False, layout="constrained")
     for axis, term in zip(axes[0], terms, strict=True):
         for side, style in (("train", "--"), ("val", "-")):
             if f"{side}_{term}" in table:
                 axis.plot(table["epoch"], table[f"{side}_{term}"], style, label=side)
-        for i, (stage, part) in enumerate(table.groupby("stage", sort=False)):
-            axis.axvspan(
-                part["epoch"].min() - 0.5, part["epoch"].max() + 0.5, color="grey", alpha=0.05 + 0.06 * i, lw=0
-            )
-            axis.annotate(stage, (part["epoch"].min(), 1.01), xycoords=("data", "axes fraction"), fontsize=7)
-        axis.set(xlabel="epoch", title=term + "\n", ylabel="loss")
+        for stage, part in table.groupby("stage", sort=False):
+            first, last = part["epoch"].min() - 0.5, part["epoch"].max() + 0.5
+            axis.axvspan(first, last, color=_STAGE_COLOURS[stage], lw=0, zorder=0)
+        axis.set(xlabel="epoch", title=term, ylabel="loss", xlim=(table["epoch"].min() - 0.5, last))
         axis.legend(frameon=False)
+    stages = [Patch(color=_STAGE_COLOURS[stage], label=stage) for stage in table["stage"].unique()]
+    figure.legend(handles=stages, title="stage", frameon=False, loc="outside right center")
     return figure
 
 
@@ -78,22 +81,40 @@ def durations(manifest: pd.DataFrame) -> Figure:
 
 
 def recall_by_style(per_style: pd.DataFrame, metric: str = "r@10") -> Figure:
-    """Bars of one metric per style, a colour a system, one panel a corpus (`Evaluation.per_style`)."""
-    corpora = per_style["corpus"].unique()
+    """Bars of one metric per style with its 95 % interval, a colour a system, one panel a corpus.
+
+    Args:
+        per_style: of an `Evaluation`. In brackets after a style stands how many clips it has.
+    """
+    corpora, systems = per_style["corpus"].unique(), per_style["system"].unique()
     widths = [2.4 + 0.4 * per_style.loc[per_style["corpus"] == corpus, "style"].nunique() for corpus in corpora]
     figure, axes = plt.subplots(
         1, len(corpora), figsize=(sum(widths) + 1.2, 3.6), squeeze=False, layout="constrained", width_ratios=widths
     )
+    width = 0.8 / len(systems)
     for axis, corpus in zip(axes[0], corpora, strict=True):
         part = per_style[per_style["corpus"] == corpus]
-        sns.barplot(part, x="style", y=metric, hue="system", ax=axis, palette=_SYSTEM_COLOURS)
+        for i, system in enumerate(systems):
+            rows = part[part["system"] == system]
+            places = np.arange(len(rows)) + (i - (len(systems) - 1) / 2) * width
+            bounds = rows[[f"{metric} low", f"{metric} high"]].to_numpy()
+            _bars(axis, places, rows[metric].to_numpy(), bounds, width, _SYSTEM_COLOURS[system], SYSTEM_NAMES[system])
         fewest, most = part["n_candidates"].min(), part["n_candidates"].max()
         size = f"1-in-{most}" if fewest == most else f"1-in-{fewest} to {most}"
-        axis.set(title=f"{corpus}: {metric} per style, {size}", xlabel="", ylabel=metric, ylim=(0, 1.02))
-        plt.setp(axis.get_xticklabels(), rotation=50, ha="right", rotation_mode="anchor")
-        axis.get_legend().remove()
+        name = metric.replace("r@", "R@").replace("map@", "mAP@")
+        axis.set(title=f"{corpus}: {name} per style, {size}", xlabel="style (clips)", ylabel=name, ylim=(0, 1.02))
+        labels = [f"{style} ({n})" for style, n in zip(rows["style"], rows["clips"], strict=True)]
+        axis.set_xticks(range(len(rows)), labels, rotation=50, ha="right", rotation_mode="anchor")
+        axis.set_xlim(-0.6, len(rows) - 0.4)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, title="ranked by", loc="outside right center")
     return figure
+
+
+def _bars(axis, places: NDArray, values: NDArray, bounds: NDArray, width: float, colour, label: str) -> None:
+    """Bars with their intervals (N, 2), drawn apart, so that a bar of 0 shows its interval too."""
+    axis.bar(places, values, 0.9 * width, color=colour, label=label)
+    spread = [values - bounds[:, 0], bounds[:, 1] - values]
+    axis.errorbar(places, values, spread, fmt="none", ecolor="black", elinewidth=0.8, capsize=2)
 
 
 def confusion(counts: pd.DataFrame, title: str) -> Figure:
@@ -115,9 +136,10 @@ def confusion(counts: pd.DataFrame, title: str) -> Figure:
         annot_kws={"fontsize": 8},
         cbar_kws={"label": "% of the style's clips", "shrink": 0.7},
     )
-    axis.set(title=title, xlabel="style found", ylabel="true style")
+    axis.set(title=title, xlabel="style found", ylabel="true style (clips)")
     plt.setp(axis.get_xticklabels(), rotation=50, ha="right", rotation_mode="anchor")
-    plt.setp(axis.get_yticklabels(), rotation=0)
+    clips = counts.sum(axis=1).round().astype(int)
+    axis.set_yticklabels([f"{style} ({n})" for style, n in clips.items()], rotation=0)
     return figure
 
 
@@ -155,8 +177,16 @@ def joint_map(points: NDArray, styles: list[str], modality: list[str], title: st
 
 
 def joint_maps(spaces: dict[str, tuple[NDArray, pd.DataFrame]], method: str, seed: int = 0) -> Figure:
-    """A `joint_map` of each space beside the other: title -> what `evaluation.joint_space` returns."""
-    return _maps({title: (project_2d(vectors, method, seed), about) for title, (vectors, about) in spaces.items()})
+    """A `joint_map` of each space beside the other: title -> what `evaluation.joint_space` returns.
+
+    A title says the method, and which epoch a space is of where that is known (`spaces.joint_spaces`).
+    """
+    named = {"tsne": "t-SNE", "umap": "UMAP"}.get(method, method)
+    maps = {}
+    for title, (vectors, about) in spaces.items():
+        lines = [f"{title}, {named}", about.attrs.get("checkpoint", "")]
+        maps["\n".join(filter(None, lines))] = project_2d(vectors, method, seed), about
+    return _maps(maps)
 
 
 def _maps(maps: dict[str, tuple[NDArray, pd.DataFrame]]) -> Figure:
@@ -166,17 +196,22 @@ def _maps(maps: dict[str, tuple[NDArray, pd.DataFrame]]) -> Figure:
         colours, first = np.array([COLOURS[s] for s in about["style"]]), (about["modality"] == kinds[0]).to_numpy()
         axis.scatter(*points[first].T, color=colours[first], s=12, alpha=0.65, lw=0)
         axis.scatter(*points[~first].T, color=colours[~first], s=46, marker="X", edgecolor="black", lw=0.5)
-        axis.set(title=f"{title}\ndots: {kinds[0]}, crosses: {kinds[-1]}".replace("_", "-"), xticks=[], yticks=[])
+        counted = f"{first.sum()} dots: {kinds[0]}, {(~first).sum()} crosses: {kinds[-1]}"
+        axis.set(title=f"{title}\n{counted}".replace("_", "-"), xticks=[], yticks=[])
     named = {style for _, about in maps.values() for style in about["style"]}
     handles = [Line2D([], [], ls="", marker="o", color=COLOURS[s], label=s) for s in STYLES if s in named]
     figure.legend(handles=handles, frameon=False, loc="outside right center", fontsize=9)
     return figure
 
 
-def recall_by_duration(table: pd.DataFrame, ks: tuple[int, ...] = (1, 5)) -> Figure:
-    """Bars of Recall@k by the duration of the clip to be found (ESR Fig. 3), from `comparison.duration_table`.
+def recall_by_duration(table: pd.DataFrame, protocols: dict[str, str], ks: tuple[int, ...] = (1, 5)) -> Figure:
+    """Bars of Recall@k by the duration of the clip to be found (ESR Fig. 3).
 
     A row of panels a corpus, a bar a model with its 95 % interval; below each bin its clips. An empty bin says so.
+
+    Args:
+        table: of `comparison.duration_table`.
+        protocols: of `comparison.protocols`, for the titles.
     """
     corpora, models, bins = (table.index.unique(level) for level in ("corpus", "model", "duration"))
     size = (1.5 + 4.6 * len(ks), 0.9 + 2.9 * len(corpora) + 0.2 * len(models))
@@ -191,14 +226,11 @@ def recall_by_duration(table: pd.DataFrame, ks: tuple[int, ...] = (1, 5)) -> Fig
                 values = np.array([cells.iloc[i].value for i in known])
                 bounds = np.array([cells.iloc[i].interval for i in known]).reshape(-1, 2)
                 places = np.array(known) + (m - (len(models) - 1) / 2) * width
-                spread = [values - bounds[:, 0], bounds[:, 1] - values]
-                colour = sns.color_palette("colorblind")[m % 10]
-                axis.bar(places, values, 0.9 * width, color=colour, label=model)
-                axis.errorbar(places, values, spread, fmt="none", ecolor="black", elinewidth=1, capsize=3)
+                _bars(axis, places, values, bounds, width, sns.color_palette("colorblind")[m % 10], model)
             for i in np.flatnonzero(clips == 0):
                 axis.text(i, 0.03, "no clips", rotation=90, ha="center", va="bottom", color="0.35")
             axis.set_xticks(range(len(bins)), [f"{name}\nn = {n}" for name, n in zip(bins, clips, strict=True)])
-            axis.set(title=f"{corpus}: R@{k}", ylim=(0, 1.02), xlim=(-0.6, len(bins) - 0.4))
+            axis.set(title=f"{corpus}: R@{k}, {protocols[corpus]}", ylim=(0, 1.02), xlim=(-0.6, len(bins) - 0.4))
         row[0].set_ylabel("Recall@k")
     for axis in axes[-1]:
         axis.set_xlabel("duration of the clip to be found")

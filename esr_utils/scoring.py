@@ -33,22 +33,43 @@ class Scorer:
         self.weights, self.bootstrap = intervals.speaker_bootstrap_weights(clips["speaker"], REPLICATES, rng)
 
     def retrieval(self, scores: NDArray) -> tuple[dict, Replicates, pd.DataFrame]:
-        """(N, S) -> the trials' and the collection's metrics, the trials' replicates, and one row per style."""
+        """(N, S) -> the trials' and the collection's metrics, their replicates, and one row per style.
+
+        A style's row has `clips`, and each metric with `<metric> low` and `<metric> high`, its 95 % interval.
+        """
         singles = trials.trial_values(self.trials, self._by_style(scores))
         per_style = trials.style_means(self.trials, singles)
         names = [name for name in singles if name not in ("style", "utterance_id")]
-        replicates = self._trial_replicates(scores)
-        values = with_intervals({name: float(per_style[name].mean()) for name in names}, replicates)
+        values = {name: float(per_style[name].mean()) for name in names}
+        of_style = self._rank_replicates(scores)
+        replicates = _from_ranks(_over_styles(of_style))
         relevant = self.truth[:, None] == np.arange(len(self.styles))
         values["collection/p@10"] = float(metrics.precision_at_k(scores.T, relevant.T, 10).mean())
         values["collection/map"] = metrics.mean_average_precision(scores.T, relevant.T, None)
+        ranked = [collection_replicates(scores[:, s], relevant[:, s], self.weights, 10) for s in range(len(relevant.T))]
+        for i, name in enumerate(("p@10", "map")):
+            replicates[f"collection/{name}"] = _over_styles(np.stack([one[i] for one in ranked]))
         columns = [c for c in _BREAKDOWNS if c in self.clips and self.clips[c].replace("", None).nunique() > 1]
         singles = singles.merge(self.clips[["utterance_id", *columns]], on="utterance_id")
         for column in columns:
             means = singles[singles[column] != ""].groupby([column, "style"])[names].mean().groupby(level=0).mean()
             for value, mean in means.iterrows():
+                inside = (self.clips[column] == value).to_numpy()
+                drawn = _from_ranks(_over_styles(self._rank_replicates(scores, inside)))
                 values |= {f"{column}={value}/{name}": float(mean[name]) for name in names}
-        return values, replicates, per_style
+                values[f"{column}={value}/clips"] = int(inside.sum())
+                replicates |= {f"{column}={value}/{name}": drawn[name] for name in names}
+        return with_intervals(values, replicates), replicates, self._with_intervals_of_styles(per_style, of_style)
+
+    def _with_intervals_of_styles(self, per_style: pd.DataFrame, of_style: NDArray) -> pd.DataFrame:
+        clips = np.bincount(self.truth, minlength=len(self.styles))
+        per_style = per_style.assign(clips=per_style["style"].map(dict(zip(self.styles, clips, strict=True))))
+        for style, drawn in zip(self.styles, map(_from_ranks, of_style), strict=True):
+            row = per_style.index[per_style["style"] == style][0]
+            for name, replicates in drawn.items():
+                bounds = intervals.interval_of_few(replicates, per_style.loc[row, name], per_style.loc[row, "clips"])
+                per_style.loc[row, [f"{name} low", f"{name} high"]] = bounds
+        return per_style
 
     def classification(self, scores: NDArray) -> tuple[dict, Replicates]:
         """(N, S) -> accuracy and unweighted average recall of the highest score, and their replicates."""
@@ -102,15 +123,16 @@ class Scorer:
             share += part[:, None]
         return np.where(share > 0, found / np.maximum(share, 1e-12), np.nan)
 
-    def _trial_replicates(self, scores: NDArray) -> Replicates:
-        """By the exact expectation over all possible trials, so that drawing trials adds no noise to the bootstrap."""
-        of_style = np.stack([self._ranks(scores, s, self.weights) for s in range(len(self.styles))])
-        with np.errstate(invalid="ignore"):  # a replicate of one style alone is NaN
-            # (R, max rank), the mean over the styles that a replicate has not lost
-            ranks = np.nansum(of_style, axis=0) / (~np.isnan(of_style)).sum(axis=0)
-        recall = metrics.recall_from_ranks(ranks, trials.KS)
-        found = {f"r@{k}": recall[:, i] for i, k in enumerate(trials.KS)}
-        return found | {f"map@{trials.MAP_K}": metrics.reciprocal_rank_from_ranks(ranks, trials.MAP_K)}
+    def _rank_replicates(self, scores: NDArray, inside: NDArray[np.bool_] | None = None) -> NDArray:
+        """(S, R, max rank): of each style's trials, or of those whose positive is inside; NaN where there is none.
+
+        By the exact expectation over all possible trials, so that drawing trials adds no noise to the bootstrap.
+        """
+        inside = np.ones(len(scores), dtype=bool) if inside is None else inside
+        found = np.full((len(self.styles), len(self.weights), max(trials.KS)), np.nan)
+        for s in np.unique(self.truth[inside]):
+            found[s] = self._ranks(scores, s, np.where((self.truth == s) & ~inside, 0, self.weights))
+        return found
 
     def _ranks(self, scores: NDArray, s: int, weights: NDArray) -> NDArray:
         """(R, max rank): `metrics.trial_rank_distribution` of one style."""
@@ -119,6 +141,50 @@ class Scorer:
 
     def _by_style(self, scores: NDArray) -> dict[str, NDArray]:
         return {style: scores[:, s] for s, style in enumerate(self.styles)}
+
+
+def _over_styles(of_style: NDArray) -> NDArray:
+    """(S, …) -> (…), the mean over the styles that a replicate has not lost; NaN where it has lost all."""
+    with np.errstate(invalid="ignore"):
+        return np.nansum(of_style, axis=0) / (~np.isnan(of_style)).sum(axis=0)
+
+
+def _from_ranks(ranks: NDArray) -> Replicates:
+    """(R, max rank) -> r@k and map@10, (R,) each."""
+    recall = metrics.recall_from_ranks(ranks, trials.KS)
+    found = {f"r@{k}": recall[:, i] for i, k in enumerate(trials.KS)}
+    return found | {f"map@{trials.MAP_K}": metrics.reciprocal_rank_from_ranks(ranks, trials.MAP_K)}
+
+
+def collection_replicates(
+    scores: NDArray, relevant: NDArray[np.bool_], weights: NDArray, k: int
+) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+    """`metrics.precision_at_k` and uncut `metrics.average_precision` of one query, in each bootstrap replicate.
+
+    A clip that a replicate holds w times is w clips level with each other. Clips of equal score are one block, and the
+    sum over its ranks has a closed form: with H(n) = 1 + 1/2 + … + 1/n, ranks s+1 … s+c give sum_j 1 / (s+j) =
+    H(s+c) - H(s), and sum_j (j-1) / (s+j) = c - (s+1) (H(s+c) - H(s)).
+
+    Args:
+        scores, relevant: (N,).
+        weights: (R, N), how often each clip occurs.
+
+    Returns:
+        (R,), (R,); NaN where a replicate holds no relevant clip.
+    """
+    order = np.argsort(-scores)
+    first = np.flatnonzero(np.diff(scores[order], prepend=np.inf))  # of each block
+    size = np.add.reduceat(weights[:, order], first, axis=1)  # (R, blocks)
+    hits = np.add.reduceat(weights[:, order] * relevant[order], first, axis=1)
+    end, hits_until = size.cumsum(axis=1), hits.cumsum(axis=1)
+    start, share = end - size, hits / np.maximum(size, 1)
+    harmonic = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, end.max() + 1))])
+    span = harmonic[end] - harmonic[start]
+    among_ties = (hits - 1) / np.maximum(size - 1, 1) * (size - (start + 1) * span)
+    n_relevant = np.where(hits_until[:, -1] > 0, hits_until[:, -1], np.nan)
+    average_precision = (share * ((hits_until - hits + 1) * span + among_ties)).sum(axis=1) / n_relevant
+    precision = (share * (np.minimum(end, k) - np.minimum(start, k))).sum(axis=1) / k
+    return np.where(np.isnan(n_relevant), np.nan, precision), average_precision
 
 
 def with_intervals(values: dict[str, float], replicates: Replicates) -> dict:

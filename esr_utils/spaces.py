@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from esr_utils import evaluation, modality, training
+from esr_utils import evaluation, intervals, modality, training
 from esr_utils.embedding import embed
 from esr_utils.manifests import to_cuts
+from esr_utils.scoring import REPLICATES
 from esr_utils.tables import Cell
 
 
@@ -38,21 +39,28 @@ def joint_spaces(
     return found
 
 
-def modality_table(spaces: Mapping[str, tuple[NDArray, pd.DataFrame]]) -> pd.DataFrame:
+def modality_table(spaces: Mapping[str, tuple[NDArray, pd.DataFrame]], seed: int = 0) -> pd.DataFrame:
     """What the eye sees in Figure 4 as numbers: a row per space; see `modality`.
 
-    Columns: modality gap; for comparison, how far two styles are apart in speech and in text; the linear probe; and
-    which epoch the run's checkpoint is of.
+    Columns: clips and sentences; the modality gap, with its 95 % interval over the clips (`intervals`); for comparison,
+    how far two styles are apart in speech and in text; the linear probe; and which epoch the run's checkpoint is of.
+
+    Args:
+        seed: of the bootstrap; the spaces share its replicates.
     """
     rows = []
     for vectors, about in spaces.values():
-        speech, style = (about["modality"] == "speech").to_numpy(), about["style"].to_numpy()
+        is_speech, style = (about["modality"] == "speech").to_numpy(), about["style"].to_numpy()
+        speech, text, rng = vectors[is_speech], vectors[~is_speech], np.random.default_rng(seed)
+        weights, _ = intervals.speaker_bootstrap_weights(about["speaker"][is_speech], REPLICATES, rng)
+        gap, drawn = modality.gap(speech, text), modality.gap_replicates(speech, text, weights)
         measured = {
-            "modality gap": modality.gap(vectors[speech], vectors[~speech]),
-            "style distance, speech": modality.style_distance(vectors[speech], style[speech]),
-            "style distance, text": modality.style_distance(vectors[~speech], style[~speech]),
+            "style distance, speech": modality.style_distance(speech, style[is_speech]),
+            "style distance, text": modality.style_distance(text, style[~is_speech]),
             "linear probe, accuracy": modality.probe_accuracy(vectors, style, about["modality"]),
         }
-        row = {name: Cell(value, digits=3) for name, value in measured.items()}
+        row: dict = {"clips": len(speech), "sentences": len(text)}
+        row["modality gap"] = Cell(gap, tuple(intervals.interval(drawn, gap, (0.0, modality.LARGEST_GAP))), digits=3)
+        row |= {name: Cell(value, digits=3) for name, value in measured.items()}
         rows.append(row | {"checkpoint": about.attrs["checkpoint"]})
     return pd.DataFrame(rows, pd.Index(spaces, name="space"))

@@ -71,13 +71,14 @@ def collection(results: dict) -> pd.DataFrame:
 
 
 def groups(results: dict) -> pd.DataFrame:
-    """The trials by a property of the clip to be found, such as `gender=female`."""
+    """The trials by a property of the clip to be found, such as `gender=female`, and how many clips have it."""
     systems: dict[tuple[str, str, str], dict] = {}
     for key in results:
         if "=" in key:
             corpus, system, group, name = key.split("/")
-            systems.setdefault((corpus, group, system), {})[name] = cell(results, key)
-    return _table(systems, ["corpus", "clips", "ranked by"], _COLUMNS)
+            value = results[key] if name == "clips" else cell(results, key)
+            systems.setdefault((corpus, group, system), {})[name] = value
+    return _table(systems, ["corpus", "group", "ranked by"], ("clips", *_COLUMNS))
 
 
 def protocol(results: dict) -> pd.DataFrame:

@@ -9,10 +9,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
 import sys
 import time
-from collections import defaultdict
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -29,7 +27,8 @@ from esr_utils import batches, checkpoints, embedding, provenance, runs, weights
 from esr_utils.config import SAMPLE_RATE, ConfigError, ModelConfig, TrainConfig
 from esr_utils.losses import NO_STYLE
 from esr_utils.manifests import load_corpora, to_cuts
-from esr_utils.objective import Objective, Values
+from esr_utils.objective import Mean, Objective, Values
+from esr_utils.processes import end_with_parent, launch
 from esr_utils.retriever import StyleRetriever
 from esr_utils.styles import STYLES
 
@@ -70,30 +69,34 @@ def fit(
     if config.prompt_bank:
         config = config.but(prompt_bank=str(Path(config.prompt_bank).expanduser().resolve()))
     folder, place = runs.run_folder(run), runs.pick_device(device)
+    _check_first_stage(manifest, config)
     provenance.begin(manifest, folder, model_config, config)
     if processes > 1:
-        _launch(manifest, folder, device, cache, processes)
+        _fit_in_processes(manifest, folder, device, cache, processes)
     else:
         _Trainer(manifest, folder, model_config, config, device, cache).run()
     return StyleRetriever.load(folder / "best", place)
 
 
-def _launch(manifest: pd.DataFrame, folder: Path, device: str, cache: Path, processes: int) -> None:
-    """`go_on` in several processes, as accelerate's launcher starts them."""
+def _check_first_stage(manifest: pd.DataFrame, config: TrainConfig) -> None:
+    """Refuses a stage of classification alone that has nothing to classify: its epochs would pass for training."""
+    clips = manifest[(manifest["split"] == "train") & ~manifest["style"].isin(config.held_out_styles)]
+    if clips.empty or config.stage(0) != "classify":
+        return
+    if (unlabelled := (clips["style"] == "").all()) or config.classification_weight == 0:
+        why = "no training clip has a style" if unlabelled else "classification_weight is 0"
+        advice = "" if config.objective == "classifier" else ": set classify_epochs to 0"
+        raise ConfigError(f"{why}, so the stage of classification alone would train nothing{advice}")
+
+
+def _fit_in_processes(manifest: pd.DataFrame, folder: Path, device: str, cache: Path, count: int) -> None:
+    """`go_on` in several processes, which read the run's settings and clips themselves."""
     found = provenance.clips_of_run(runs.read_json(folder / "config.json"))
     if provenance.fingerprint(found) != provenance.fingerprint(manifest):
         raise ValueError("several processes read the corpora themselves: give the manifest as load_corpora has it")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = os.environ | ({"ACCELERATE_USE_CPU": "true"} if device == "cpu" else {})
-    command += ["-m", "esr_utils.training", str(folder), device, str(cache)]
-    launcher = subprocess.Popen(command, env=environment)
-    try:
-        status = launcher.wait()
-    finally:  # interrupted: the launcher takes its workers with it, if it is asked to end and not killed
-        launcher.terminate()
-        launcher.wait()
-    if status:
-        raise RuntimeError(f"training {folder} by {processes} processes ended with status {status}; see their messages")
+    arguments = [str(folder), device, str(cache)]
+    if status := launch("esr_utils.training", arguments, count, cpu=device == "cpu"):
+        raise RuntimeError(f"training {folder} by {count} processes ended with status {status}; see their messages")
 
 
 def load_run(run: str | Path = runs.DEFAULT_RUN, device: str = "auto") -> tuple[StyleRetriever, dict]:
@@ -226,7 +229,7 @@ class _Trainer:
         self.objective.train()
         if config.finetune == "frozen":
             self.objective.retriever.speech.eval()
-        train = _Mean()
+        train = Mean()
         left = max(0, config.max_steps - progress.step) if config.max_steps else None
         for batch, prompts in self._batches("train", rng, left):
             train.add(self._step(batch, prompts, stage))
@@ -277,7 +280,7 @@ class _Trainer:
         """Mean of each term over the whole val split: the same prompts, crops and order every time."""
         rng = runs.seed_everything(self.config.seed, VALIDATION)
         self.objective.eval()
-        mean = _Mean()
+        mean = Mean()
         for batch, prompts in self._batches("val", rng):
             mean.add(self.objective.evaluate(batch, prompts, stage))
         means = mean.means()
@@ -338,21 +341,7 @@ def parameter_groups(objective: Objective) -> list[dict]:
     return [*groups, {"params": list(objective.discriminator.parameters()), "lr": config.discriminator_learning_rate}]
 
 
-class _Mean:
-    """Mean of named values, each weighted by the clips that it is of; 0 where there are none."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = defaultdict(float)
-        self.clips: dict[str, int] = defaultdict(int)
-
-    def add(self, values: Values) -> None:
-        for name, (value, clips) in values.items():
-            self.sums[name] += value * clips
-            self.clips[name] += clips
-
-    def means(self) -> dict[str, float]:
-        return {name: total / max(1, self.clips[name]) for name, total in self.sums.items()}
-
-
 if __name__ == "__main__":  # accelerate launch --multi_gpu --num_processes 2 -m esr_utils.training RUN
+    if torch.distributed.is_torchelastic_launched():  # not from a shell, which may go while this goes on
+        end_with_parent()
     go_on(sys.argv[1], *sys.argv[2:3], *map(Path, sys.argv[3:4]))

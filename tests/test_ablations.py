@@ -125,6 +125,7 @@ def entry(label: str, gains, spread: float = 0.01, corpus: str = "expresso") -> 
         found.replicates[f"{corpus}/seen/r@{k}"] = value + noise + common
     found.results |= {f"{corpus}/zero_shot/accuracy": 0.5, f"{corpus}/seen/modality_gap": 0.25}
     found.replicates[f"{corpus}/zero_shot/accuracy"] = 0.5 + noise
+    found.replicates[f"{corpus}/seen/modality_gap"] = 0.25 + noise
     scorer = type("Scorer", (), {"trials": Drawn()})()
     found.scorers[corpus] = scorer
     return Entry(label, (label,), (0,), "seen", (found,), ("epoch 9 of 40, 0 with discriminator",))
@@ -134,6 +135,7 @@ def test_the_table_has_the_papers_rows_below():
     table = ablations.table([entry("full", 0 * BASE), entry("w/o pre-training", -0.1 + 0 * BASE)])
     assert str(table.loc[("expresso", "w/o pre-training"), "R@5"]).startswith("0.50 [")
     assert table.loc[("expresso", "full"), "modality gap"].value == 0.25
+    assert str(table.loc[("expresso", "full"), "modality gap"]) == "0.25 [0.23, 0.27]"
     assert table.loc[("expresso", "full"), "checkpoint"] == "epoch 9 of 40, 0 with discriminator"
     assert str(table.loc[("expresso-paper", "w/o pre-training (paper)"), "R@5"]) == "0.9196"
     assert (table.loc["expresso-paper"]["accuracy"] == "").all() and len(table) == 2 + 5

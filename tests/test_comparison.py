@@ -242,6 +242,20 @@ def test_rows_of_the_same_backbones_are_told_apart_by_their_settings(tmp_path):
     assert "corpora esd+expresso" in list(comparison.by_settings(names))[2]
 
 
+def test_an_older_run_that_lacks_newer_settings_has_their_defaults(tmp_path):
+    names = [
+        run_folder(tmp_path / "older"),
+        run_folder(tmp_path / "newer", seed=1),
+        run_folder(tmp_path / "t", text="t5"),
+    ]
+    settings = runs.read_json(tmp_path / "older" / "config.json")
+    del settings["training"]["chunk_size"], settings["model"]["classifier_hidden"]
+    runs.write_json(tmp_path / "older" / "config.json", settings)
+    assert list(comparison.by_settings(names).values()) == [names[:2], names[2:]]
+    chunks = run_folder(tmp_path / "chunks", chunk_size=4)
+    assert list(comparison.by_settings([names[0], chunks]))[1] == "bert + wavlm-base (chunk size 4)"
+
+
 def test_runs_that_are_not_there_or_the_same_twice_are_refused(tmp_path):
     names = [run_folder(tmp_path / "a"), run_folder(tmp_path / "b")]
     with pytest.raises(ValueError, match="same settings, and a seed occurs twice"):

@@ -33,9 +33,9 @@ def durations(models=("a", "b"), corpora=("demo",)) -> pd.DataFrame:
 
 
 def test_bars_by_duration_show_values_intervals_clips_and_empty_bins():
-    figure = plots.recall_by_duration(durations())
+    figure = plots.recall_by_duration(durations(), {"demo": "1-in-401"})
     first, second = figure.axes
-    assert [first.get_title(), second.get_title()] == ["demo: R@1", "demo: R@5"]
+    assert [first.get_title(), second.get_title()] == ["demo: R@1, 1-in-401", "demo: R@5, 1-in-401"]
     assert [bar.get_height() for bar in first.patches] == pytest.approx([0.5, 0.5, 0.6, 0.6])
     np.testing.assert_allclose(first.collections[0].get_segments()[0][:, 1], [0.3, 0.6])
     labels = [label.get_text() for label in first.get_xticklabels()]
@@ -47,17 +47,22 @@ def test_bars_by_duration_show_values_intervals_clips_and_empty_bins():
 
 
 def test_a_corpus_is_a_row_of_panels():
-    titles = [axis.get_title() for axis in plots.recall_by_duration(durations(("a",), ("demo", "esd"))).axes]
-    assert titles == ["demo: R@1", "demo: R@5", "esd: R@1", "esd: R@5"]
+    figure = plots.recall_by_duration(
+        durations(("a",), ("demo", "esd")), {"demo": "1-in-401", "esd": "1-in-9 to 1-in-12"}
+    )
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles == [f"demo: R@{k}, 1-in-401" for k in (1, 5)] + [f"esd: R@{k}, 1-in-9 to 1-in-12" for k in (1, 5)]
 
 
 def test_maps_side_by_side_share_their_colours():
     rng = np.random.default_rng(0)
     about = pd.DataFrame({"style": ["awe", "sad"] * 6, "modality": ["speech"] * 8 + ["text"] * 4})
-    joint = {name: (rng.standard_normal((12, 4)), about) for name in ("with_d", "without_d")}
+    joint = {name: (rng.standard_normal((12, 4)), about.copy()) for name in ("with_d", "without_d")}
+    joint["with_d"][1].attrs["checkpoint"] = "epoch 9 of 40"
     figure = plots.joint_maps(joint, "tsne")
     assert [axis.get_title() for axis in figure.axes] == [
-        f"{name}\ndots: speech, crosses: text" for name in ("with-d", "without-d")
+        "with-d, t-SNE\nepoch 9 of 40\n8 dots: speech, 4 crosses: text",
+        "without-d, t-SNE\n8 dots: speech, 4 crosses: text",
     ]
     for axis in figure.axes:
         dots, crosses = axis.collections
@@ -72,18 +77,40 @@ def test_maps_side_by_side_share_their_colours():
 def test_a_confusion_matrix_names_shares_in_percent():
     counts = pd.DataFrame([[3, 1.0], [0, 0]], index=["awe", "sad"], columns=["awe", "sad"])
     axis = plots.confusion(counts, "t").axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["awe (4)", "sad (0)"]
     assert [text.get_text() for text in axis.texts] == ["75", "25", "", ""]
 
 
 def test_recall_per_style_has_a_bar_for_each_system():
     rows = [
-        {"style": s, "system": system, "corpus": "demo", "r@10": 0.5, "n_candidates": 41}
-        for s in STYLES[:4]
+        {"style": s, "system": system, "corpus": "demo", "n_candidates": 41, "clips": 20 + i}
+        | {"r@10": 0.1 * i, "r@10 low": 0.0, "r@10 high": 0.6}
+        for i, s in enumerate(STYLES[:4])
         for system in ("seen", "held_out", "classifier")
     ]
     figure = plots.recall_by_style(pd.DataFrame(rows))
-    assert len(figure.axes[0].patches) >= 12 and "1-in-41" in figure.axes[0].get_title()
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["seen", "held_out", "classifier"]
+    (axis,) = figure.axes
+    assert axis.get_title() == "demo: R@10 per style, 1-in-41"
+    assert [bar.get_height() for bar in axis.patches] == pytest.approx([0.0, 0.1, 0.2, 0.3] * 3)
+    np.testing.assert_allclose([line[:, 1] for c in axis.collections for line in c.get_segments()], [[0.0, 0.6]] * 12)
+    assert [label.get_text() for label in axis.get_xticklabels()][1] == f"{STYLES[1]} (21)"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "seen prompts", "held-out prompts", "style classifier",
+    ]  # fmt: skip
+
+
+def test_losses_over_stages_of_which_some_are_short():
+    stages = ["classify"] * 5 + ["align"] * 5 + ["adversarial"] * 100
+    lines = [
+        {"epoch": i + 1, "stage": stage, "train_classification": 1.0, "val_classification": 2.0}
+        | ({"train_contrastive": 3.0} if stage != "classify" else {})
+        for i, stage in enumerate(stages)
+    ]
+    figure = plots.training_curves(lines)
+    assert [axis.get_title() for axis in figure.axes] == ["classification", "contrastive"]
+    assert [(bar.get_x(), bar.get_width()) for bar in figure.axes[0].patches] == [(0.5, 5), (5.5, 5), (10.5, 100)]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["classify", "align", "adversarial"]
+    assert len(figure.axes[0].lines) == 2 and len(figure.axes[1].lines) == 1
 
 
 def test_a_figure_is_written_as_png_and_svg_the_same_each_time(tmp_path):

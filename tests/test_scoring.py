@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from esr_utils import intervals, trials
+from esr_utils import intervals, metrics, trials
 from esr_utils.scoring import Scorer
 
 CLIPS = pd.DataFrame(
@@ -94,7 +94,9 @@ def test_styles_level_at_the_top_share_the_clip():
 
 def test_every_interval_holds_its_value(scorer):
     values = scorer.retrieval(SCORES)[0] | scorer.classification(SCORES)[0]
-    for name in ("r@1", "r@5", "r@10", "r@20", "map@10", "accuracy", "uar"):
+    of_trials = ("r@1", "r@5", "r@10", "r@20", "map@10")
+    groups = [f"gender={gender}/{name}" for gender in ("female", "male") for name in of_trials]
+    for name in (*of_trials, *groups, "collection/p@10", "collection/map", "accuracy", "uar"):
         low, high = values[f"{name}_ci95"]
         assert 0 <= low <= values[name] <= high <= 1
     low, high = values["r@1_ci95"]
@@ -128,6 +130,55 @@ def test_intervals_are_over_speakers_where_there_are_five():
     many["speaker"] = [f"s{i % 5}" for i in range(15)]
     enough = Scorer(many, trials.build_trials(many, "toy", "test", n_trials=5), 0)
     assert (few.bootstrap, enough.bootstrap) == ("utterance", "speaker")
+
+
+def test_replicates_of_the_whole_collection_are_those_of_the_clips_drawn(scorer):
+    """Each replicate written out, with ties, by the plain functions."""
+    _, replicates, _ = scorer.retrieval(SCORES)
+    lost = 0
+    for r in range(60):
+        clips = np.repeat(np.arange(5), scorer.weights[r])
+        there = [s for s in range(3) if (scorer.truth[clips] == s).any()]
+        lost += len(there) < 3
+        ranked = [(SCORES[clips, s], scorer.truth[clips] == s) for s in there]
+        precision = np.mean([metrics.precision_at_k(*one, 10) for one in ranked])
+        whole = np.mean([metrics.average_precision(*one) for one in ranked])
+        assert replicates["collection/p@10"][r] == pytest.approx(precision)
+        assert replicates["collection/map"][r] == pytest.approx(whole)
+    assert lost
+
+
+def test_replicates_of_a_group_are_those_of_the_clips_drawn(scorer):
+    """Trials whose positive is of a woman, among the other styles' clips of all: the mean over the styles left."""
+    values, replicates, _ = scorer.retrieval(SCORES)
+    women = (CLIPS["gender"] == "female").to_numpy()
+    for r in range(60):
+        times, found = scorer.weights[r], []
+        for s in range(3):
+            own = scorer.truth == s
+            others = np.repeat(SCORES[~own, s], times[~own])
+            positives = np.repeat(SCORES[own & women, s], times[own & women])
+            if len(others) and len(positives):
+                # Each trial holds at most as many others as the original has: with so few it is all of them.
+                few = scorer.trials.candidates_by_style[scorer.styles[s]] - 1
+                trials_of = list(itertools.combinations(others, min(few, len(others))))
+                hits = [metrics.recall_at_k([p], [drawn], [1])[0, 0] for p in positives for drawn in trials_of]
+                found.append(np.mean(hits))
+        expected = np.mean(found) if found else np.nan
+        assert replicates["gender=female/r@1"][r] == pytest.approx(expected, nan_ok=True)
+    low, high = values["gender=female/r@1_ci95"]
+    assert low < values["gender=female/r@1"] < high
+
+
+def test_a_style_has_its_clips_and_an_interval(scorer):
+    _, _, per_style = scorer.retrieval(SCORES)
+    rows = per_style.set_index("style")
+    assert rows["clips"].to_dict() == {"angry": 2, "calm": 2, "sad": 1}
+    for name in ("r@1", "r@5", "r@10", "r@20", "map@10"):
+        assert ((rows[f"{name} low"] <= rows[name]) & (rows[name] <= rows[f"{name} high"])).all()
+    # Both calm clips are always found, which says little of others: as 2 of 2.
+    assert rows.loc["calm", ["r@1 low", "r@1 high"]].tolist() == pytest.approx([0.025**0.5, 1])
+    assert rows.loc["angry", "r@1 low"] < 0.5 < rows.loc["angry", "r@1 high"]
 
 
 # By the length of the clip to be found ----------------------------------------------------------------------

@@ -30,6 +30,14 @@ def test_the_gap_by_hand():
     assert modality.gap(same, same[[2, 0, 1]]) == 0
 
 
+def test_the_gap_of_a_replicate_is_that_of_its_clips():
+    vectors, _, kind = two_clouds(1.0)
+    speech, text = vectors[kind == "speech"], vectors[kind == "text"]
+    weights = np.random.default_rng(0).integers(0, 4, (5, len(speech)))
+    by_hand = [modality.gap(np.repeat(speech, times, axis=0), text) for times in weights]
+    assert modality.gap_replicates(speech, text, weights) == pytest.approx(by_hand)
+
+
 def test_the_distance_of_styles_by_hand():
     vectors = np.array([[1.0, 0], [-1, 0], [0, 1], [0, 1], [3, 0]])
     # centroids (0, 0), (0, 1), (3, 0): distances 1, 3 and the root of 10
@@ -93,6 +101,10 @@ def test_two_runs_on_the_same_clips_and_sentences(trained, manifest):
     table = spaces.modality_table(found)
     assert list(table.index) == ["with", "without"]
     assert table.loc["with", "modality gap"].value == pytest.approx(modality.gap(first[:18], first[18:]))
+    low, high = table.loc["with", "modality gap"].interval
+    assert 0 <= low < table.loc["with", "modality gap"].value < high <= 2
+    assert table.loc["with", ["clips", "sentences"]].tolist() == [18, 45]
+    assert about["speaker"][:18].str.startswith("mini/").all() and set(about["speaker"][18:]) == {""}
     assert table.loc["with", "checkpoint"] == "epoch 1 of 1, 0 with discriminator"
     assert 0 <= table.loc["without", "linear probe, accuracy"].value <= 1
 

@@ -13,7 +13,8 @@ from esr_utils.tables import Cell
 
 RESULTS = {
     "esd/seen/r@1": 0.515, "esd/seen/r@1_ci95": [0.4, 0.625], "esd/seen/r@20": 1.0,
-    "esd/seen/collection/p@10": 0.75, "esd/seen/gender=female/r@1": 0.5, "esd/seen/modality_gap": 0.5,
+    "esd/seen/collection/p@10": 0.75, "esd/seen/gender=female/r@1": 0.5, "esd/seen/gender=female/clips": 12,
+    "esd/seen/modality_gap": 0.5,
     "esd/zero_shot/accuracy": 0.25, "esd/zero_shot/accuracy_ci95": [0.2, 0.3],
     "esd/classifier/r@1": 0.9, "esd/classifier/accuracy": 0.8, "esd/classifier/accuracy_of_22": 0.7,
     "esd/control/chance/r@1": 0.0025,
@@ -33,7 +34,7 @@ def test_results_become_a_row_for_each_system():
         ("esd", "chance"): {"r@1": "0.00"},
     }
     assert shown(tables.collection(RESULTS)) == {("esd", "seen"): {"p@10": "0.75"}}
-    assert shown(tables.groups(RESULTS)) == {("esd", "gender=female", "seen"): {"r@1": "0.50"}}
+    assert shown(tables.groups(RESULTS)) == {("esd", "gender=female", "seen"): {"clips": "12", "r@1": "0.50"}}
     protocol = tables.protocol(RESULTS)
     assert protocol.loc["esd"].to_dict() == {
         "n_clips": 30, "n_skipped": 1, "n_candidates": 401, "bootstrap": "speaker",

@@ -649,6 +649,18 @@ def test_captions_alone_are_enough_to_train(train, manifest):
     assert model.encode_text(["anything"]).shape == (1, 8)
 
 
+def test_a_first_stage_that_would_train_nothing_is_refused(train, manifest):
+    captioned = manifest.assign(style="", caption="A voice like gravel.")
+    with pytest.raises(ConfigError, match="no training clip has a style, .* nothing: set classify_epochs to 0"):
+        train("run", captioned)
+    with pytest.raises(ConfigError, match="no training clip has a style, .* nothing$"):
+        train("run", captioned, objective="classifier", classify_epochs=0)
+    with pytest.raises(ConfigError, match="classification_weight is 0, .* nothing: set classify_epochs to 0"):
+        train("run", classification_weight=0.0)
+    assert not (train.folder / "run").exists()
+    train("run", classification_weight=0.0, classify_epochs=0, epochs=1)
+
+
 # Settings of the paper's comparisons -------------------------------------------------------------------------
 
 
