@@ -138,6 +138,18 @@ def test_one_style_is_that_of_both_speakers(tmp_path: Path) -> None:
     assert manifest["style"].tolist() == ["laughing", "laughing"] and manifest["speaker"].tolist() == ["ex03", "ex01"]
 
 
+@pytest.mark.parametrize(("styles", "channel"), [("sad-child", 1), ("child-sad", 2)])
+def test_of_two_styles_one_may_be_left_out(tmp_path: Path, styles: str, channel: int) -> None:
+    name = f"ex03-ex01_{styles}_003"
+    put(tmp_path, name, 5, channels=2)
+    describe(tmp_path, test=name, speech=f"{name}/channel1\t(0.0, 2.0)\n{name}/channel2\t(2.0, 4.5)\n")
+    manifest = expresso.prepare(tmp_path)
+    assert manifest["style"].tolist() == ["sad"] and manifest["channel"].tolist() == [channel - 1]
+    assert manifest.attrs["left_out_files"] == {
+        f"test.txt line 2: {name}/channel{3 - channel}": "style not among the 19: child"
+    }
+
+
 def test_a_longform_recording_is_cut_too(tmp_path: Path) -> None:
     name = "ex01_default_longform_00001"
     put(tmp_path, name, 45)
