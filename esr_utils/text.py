@@ -87,7 +87,8 @@ class TextBackbone(nn.Module):
 
     def embed(self, texts: list[str]) -> Tensor:
         """(B, D) float32, not normalised; each distinct text is run once in the life of this object."""
-        new = sorted({text for text in texts if text not in self._known}, key=len)  # like lengths side by side
+        new = {text for text in texts if text not in self._known}
+        new = sorted(new, key=lambda text: (len(text), text))  # like lengths side by side, and in every process alike
         for start in range(0, len(new), _BATCH):
             part = new[start : start + _BATCH]
             tokens, mask = self.tokens(part)

@@ -328,3 +328,13 @@ def test_vectors_follow_where_the_released_backbone_is_sent(tiny_text):
     backbone.embed(TEXTS)
     backbone.release()
     assert backbone.to("meta").embed(TEXTS).device.type == "meta"
+
+
+def test_batches_are_the_same_in_every_process(tiny_text, monkeypatch):
+    """A set of strings has another order in each process; batched in it, vectors would round otherwise each time."""
+    backbone, run = load_text_backbone(tiny_text), []
+    tokens = backbone.tokens
+    monkeypatch.setattr(backbone, "tokens", lambda texts: run.append(texts) or tokens(texts))
+    texts = [f"voice {i:03d}" for i in range(300)] + [f"speech {i}" for i in range(10)]
+    backbone.embed(texts[::-1])
+    assert sum(run, []) == sorted(texts, key=lambda text: (len(text), text))
