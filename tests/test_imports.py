@@ -19,7 +19,7 @@ LAYERS = {
     "data": ("manifests", "corpora", "provenance", "batches", "acoustics", "trials", "scoring", "controls"),
     "models": ("speech", "text", "chat", "retriever", "embedding"),
     "top": (
-        "objective", "checkpoints", "training", "evaluation", "comparison", "ablations", "spaces", "index",
+        "objective", "checkpoints", "fitting", "training", "evaluation", "comparison", "ablations", "spaces", "index",
         "generation", "plots",
     ),
 }  # fmt: skip
