@@ -171,6 +171,66 @@ class TrainConfig(_Config):
         return "align" if epoch < self.classify_epochs + self.align_epochs else "adversarial"
 
 
+Contrast = Literal["infonce", "hard-negative", "hard-negative-mga-clap", "hard-negative-robinson"]
+
+
+@dataclass(frozen=True)
+class FusionTrainConfig(_Config):
+    """Training on captions, for FS-CLAP and its baselines (FS-CLAP section 4.2)."""
+
+    epochs: int = 30
+    warmup_epochs: int = 1  # the learning rate rises over these, then falls by a cosine to 0 at the last step
+    max_steps: int = 0  # stop after so many optimiser steps; 0 = no limit
+    batch_size: int = 96  # B, pairs in a contrastive batch
+    accumulation_steps: int = 1  # batches whose gradients are added up before a step of the optimiser; the paper's is 2
+    crop_s: float = 8.0  # seconds, longest piece of a clip seen in training
+    learning_rate: float = 1e-3  # at its peak: of the heads and of fusion and separation
+    backbone_learning_rate: float = 4e-5  # at its peak: of the speech backbone, with finetune "full"
+    weight_decay: float = 0.01  # of AdamW
+    objective: Contrast = "hard-negative"
+    mask_false_negatives: bool = True  # pairs whose caption is true of the other's clip too are no negatives
+    regulariser_weight: float = 0.0  # of Eq. (3)'s term; the paper's is 1
+    matching_weight: float = 1.0  # of the loss on fused pairs; 0 = pairs are not fused in training
+    mined_negatives: int = 1  # for each clip and each caption, fused with it beside its own: 2 m B fusions a step
+    teacher: str = ""  # run folder of a trained retriever, whose similarities are targets too (RA-CLAP); empty = none
+    distillation_weight: float = 1.0  # of the loss on the teacher's similarities
+    finetune: Finetune = "frozen"  # of the speech backbone; the text backbone is always frozen
+    precision: Precision = "auto"  # of matrix products; auto: bf16 on a GPU that has it, else fp32
+    level: Level = "recorded"  # captions name the energy, which normalising takes out
+    patience: int = 0  # stop after so many epochs without a better validation loss; 0 = never
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._check_choices(objective=Contrast, finetune=Finetune, level=Level, precision=Precision)
+        self._check_numbers()
+        self._check_positive("epochs", "batch_size", "accumulation_steps", "crop_s", "learning_rate")
+        self._check_positive("backbone_learning_rate", "mined_negatives")
+
+    @classmethod
+    def paper(cls) -> Self:
+        """10 epochs, two batches of 96 a step, Eq. (3) with weight 1. What it does to pairs, the paper does not say."""
+        return cls(
+            epochs=10,
+            accumulation_steps=2,
+            learning_rate=1e-4,
+            mask_false_negatives=False,
+            regulariser_weight=1.0,
+            finetune="full",
+            precision="bf16",
+        )
+
+    def stage(self, epoch: int) -> Literal["contrastive"]:
+        """Of an epoch (0-based): there is one stage."""
+        return "contrastive"
+
+    def rate(self, step: int, steps_an_epoch: int) -> float:
+        """The learning rate at an optimiser step (0-based), relative to its peak."""
+        warm, total = self.warmup_epochs * steps_an_epoch, self.epochs * steps_an_epoch
+        if step < warm:
+            return (step + 1) / warm
+        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+
+
 # The rows of Table III, and below them what the paper leaves open: changes to TrainConfig.
 ABLATIONS: dict[str, dict] = {
     "full": {},
