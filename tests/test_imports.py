@@ -17,7 +17,7 @@ LAYERS = {
         "manifest_schema", "modality", "tables", "paper", "processes",
     ),
     "data": ("manifests", "corpora", "provenance", "batches", "acoustics", "trials", "scoring", "controls"),
-    "models": ("speech", "text", "chat", "retriever", "embedding"),
+    "models": ("speech", "text", "chat", "retriever", "fusion", "embedding"),
     "top": (
         "objective", "checkpoints", "training", "evaluation", "comparison", "ablations", "spaces", "index",
         "generation", "plots",
