@@ -14,7 +14,15 @@ SAMPLE_RATE = 16_000  # Hz, of every waveform that reaches a backbone
 
 Level = Literal["normalised", "recorded"]
 Finetune = Literal["frozen", "full"]
-Objective = Literal["infonce", "multi-positive", "hard-negative", "sigmoid", "classifier"]
+Objective = Literal[
+    "infonce",
+    "multi-positive",
+    "hard-negative",
+    "hard-negative-mga-clap",
+    "hard-negative-robinson",
+    "sigmoid",
+    "classifier",
+]
 Precision = Literal["auto", "fp32", "bf16"]
 Pooling = Literal["mean", "stats"]
 
