@@ -4,7 +4,8 @@ speech frames (B, L, T, D) -> averaged n:1 over time -> standardised -> mixed ov
 text's last hidden states (B, M, D) -> projected (B, M, d)                                                      h_t
     fusion:     h_f = [h_a; h_t], (B, N + M, d), through two multi-head residual self-attention blocks
     separation: h_f split into its two streams, each through a feed-forward network of its own
-    pooling:    attention with one learned query a modality -> (B, d) each; their cosine is the score
+    pooling:    attention with one learned query a modality -> (B, d) each; their cosine is the score. Or MGA-CLAP's:
+                both as mixtures of one codebook's entries
 
 The paper names the parts and leaves open what stands in them. Here each residual branch begins with a layer norm; a
 fusion block is attention alone, without a feed-forward network, for that is the separation's; fused tokens carry a
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from esr_utils.codebook import Codebook
 from esr_utils.config import FusionConfig
 from esr_utils.retriever import Retriever, SpeechHead
 from esr_utils.speech import SpeechBackbone
@@ -115,7 +117,7 @@ class FeedForward(nn.Module):
 
 
 class AttentionPooling(nn.Module):
-    """(B, T, d) -> (B, d): what one learned query finds among the tokens; zero where a clip or text has none."""
+    """(B, T, d) tokens, (B, T) mask with at least one a row -> (B, d): what one learned query finds among them."""
 
     def __init__(self, config: FusionConfig) -> None:
         super().__init__()
@@ -126,17 +128,19 @@ class AttentionPooling(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         normed = self.norm(x)
         query = self.query.expand(len(x), -1, -1)
-        found = self.attention(query, normed, normed, unread_tokens(mask), need_weights=False)[0]
-        return found[:, 0] * mask.any(1, keepdim=True)
+        return self.attention(query, normed, normed, ~mask, need_weights=False)[0][:, 0]
 
 
 def unread_tokens(mask: Tensor) -> Tensor:
-    """Padding, as nn.MultiheadAttention wants it; of a row of nothing else none, for a softmax over nothing is NaN."""
+    """Padding, which no token looks at; of a row of nothing else none, for a softmax over nothing is NaN."""
     return ~mask & mask.any(1, keepdim=True)
 
 
 class FusionSeparation(nn.Module):
-    """See the module's docstring. Tokens of width d in, one vector a modality out, not normalised."""
+    """See the module's docstring. Tokens of width d in, one vector a modality out, not normalised.
+
+    The vector of a clip or text without a token is zero.
+    """
 
     def __init__(self, config: FusionConfig) -> None:
         super().__init__()
@@ -146,7 +150,10 @@ class FusionSeparation(nn.Module):
             self.modality = nn.Parameter(0.02 * torch.randn(len(MODALITIES), config.dim))
         if config.separation:
             self.separation = nn.ModuleDict({name: FeedForward(config) for name in MODALITIES})
-        self.pooling = nn.ModuleDict({name: AttentionPooling(config) for name in MODALITIES})
+        if config.codebook:
+            self.codebook, self.pooling = Codebook(config.codebook, config.dim), None
+        else:
+            self.codebook, self.pooling = None, nn.ModuleDict({name: AttentionPooling(config) for name in MODALITIES})
 
     def pair(self, speech: Tokens, text: Tokens) -> tuple[Tensor, Tensor]:
         """Row i of the one fused with row i of the other: (B, d) and (B, d)."""
@@ -184,7 +191,8 @@ class FusionSeparation(nn.Module):
         if not tokens.mask.shape[1]:  # attention takes no sequence without a place
             tokens = Tokens(F.pad(tokens.values, (0, 0, 0, 1)), F.pad(tokens.mask, (0, 1)))
         values = tokens.values if self.separation is None else self.separation[modality](tokens.values)
-        return self.pooling[modality](values, tokens.mask)
+        pooling = self.codebook or self.pooling[modality]
+        return pooling(values, ~unread_tokens(tokens.mask)) * tokens.mask.any(1, keepdim=True)
 
 
 class FusionRetriever(Retriever):

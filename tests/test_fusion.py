@@ -166,6 +166,27 @@ def test_each_part_can_be_left_out():
     assert counts[False, True] - counts[False, False] == networks
 
 
+@torch.no_grad()
+def test_a_codebook_shared_by_both_stands_in_place_of_the_attention(config):
+    model = made(config.but(codebook=6))
+    assert model.fusion.pooling is None
+    speech, text = model.pair(model.speech_tokens(clips()), model.text_tokens(TEXTS))
+    entries = model.fusion.codebook.entries
+    for vectors in (speech, text):  # each a mixture of the entries: weights that sum to 1, none below 0
+        mixture = torch.linalg.lstsq(entries.T, vectors.T).solution
+        torch.testing.assert_close(mixture.sum(0), torch.ones(4), atol=1e-3, rtol=0)
+        assert float(mixture.min()) > -1e-3
+    none = Tokens(torch.zeros(2, 3, 16), torch.zeros(2, 3, dtype=torch.bool))
+    assert not bool(model.alone(none, "text", "masked").any())
+
+
+def test_a_retriever_with_a_codebook_is_read_back(config, tmp_path):
+    model = made(config.but(codebook=6))
+    model.save(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(retriever.load(tmp_path).encode_speech(clips()), model.encode_speech(clips()))
+
+
 def test_an_unknown_way_or_modality_is_refused():
     module = FusionSeparation(FusionConfig(**SIZES))
     with pytest.raises(ValueError, match="matched"):
