@@ -1,4 +1,4 @@
-"""The settings of a run: two frozen dataclasses that are written to `config.json` and read back from it.
+"""The settings of a run: frozen dataclasses that are written to `config.json` and read back from it.
 
 `.paper()` is the recipe of Kang & Roy (ESR, ASRU 2025, section IV-B); `.demo()` is the same recipe sized for a laptop
 with frozen backbones. Units stand in the comments.
@@ -14,7 +14,15 @@ SAMPLE_RATE = 16_000  # Hz, of every waveform that reaches a backbone
 
 Level = Literal["normalised", "recorded"]
 Finetune = Literal["frozen", "full"]
-Objective = Literal["infonce", "multi-positive", "hard-negative", "sigmoid", "classifier"]
+Objective = Literal[
+    "infonce",
+    "multi-positive",
+    "hard-negative",
+    "hard-negative-mga-clap",
+    "hard-negative-robinson",
+    "sigmoid",
+    "classifier",
+]
 Precision = Literal["auto", "fp32", "bf16"]
 Pooling = Literal["mean", "stats"]
 
@@ -101,6 +109,35 @@ class ModelConfig(_Config):
             dropout=0.0,
             hidden=0,
         )
+
+
+@dataclass(frozen=True)
+class FusionConfig(_Config):
+    """A FusionRetriever (FS-CLAP): which backbones, and which parts stand on their tokens."""
+
+    speech_backbone: str = "whisper-tiny"  # short name, hub id or folder
+    text_backbone: str = "minilm"  # short name, hub id or folder
+    dim: int = 256  # d, width of a token and of the joint space
+    heads: int = 4  # of each attention; they share the width
+    fusion: bool = True  # FU of Table 3: False leaves the two self-attention blocks out
+    separation: bool = True  # SE of Table 3: False leaves the two feed-forward networks out
+    frames_per_token: int = 4  # speech frames averaged into one token; 1 = none
+    codebook: int = 0  # entries of a codebook shared by both modalities, in place of attention pooling; 0 = none
+    dropout: float = 0.1  # share of the projected tokens' and the branches' numbers dropped in training
+    temperature: float = 0.07  # tau at the start; learned from there
+    gamma: float = 0.15  # scaling ratio of the hard-negative loss, Eq. (2), at the start; learned from there
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        self._check_positive("dim", "heads", "frames_per_token", "temperature")
+        if self.dim % self.heads:
+            raise ConfigError(f"dim is {self.dim!r}; it must be a multiple of heads, {self.heads}")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout is {self.dropout!r}; it must be at least 0 and below 1")
+
+    @classmethod
+    def paper(cls) -> Self:
+        return cls(speech_backbone="clap", text_backbone="clap", frames_per_token=1)
 
 
 @dataclass(frozen=True)

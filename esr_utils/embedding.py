@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,11 +23,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from esr_utils import batches, runs, weights
 from esr_utils.config import SAMPLE_RATE, Level
-from esr_utils.retriever import StyleRetriever, pool
+from esr_utils.fusion import FusionRetriever, pool_frames
+from esr_utils.retriever import Retriever, StyleRetriever, pool
 from esr_utils.speech import SpeechBackbone
 from esr_utils.styles import STYLES
 
@@ -102,14 +104,60 @@ class Features:
     skipped: pd.DataFrame
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class FrozenFrames:
+    """A frozen backbone's frames, averaged n:1 over time: what FS-CLAP reads.
+
+    Attributes:
+        cut_ids: N ids of the cuts that could be used, in the order given.
+        frames: N times (L, T, D) fp16, on the CPU.
+        skipped: columns utterance_id, reason.
+    """
+
+    cut_ids: list[str]
+    frames: list[Tensor]
+    skipped: pd.DataFrame
+
+
 def frozen_features(model: StyleRetriever, cuts: CutSet, level: Level, cache: Path = CACHE) -> Features:
     """Pooled layers of each cut, from kept frames where there are any, else by running the backbone and keeping them.
 
     Interrupted, it goes on where it was. Cuts that cannot be used are named in `skipped`.
     """
-    kept = FrameCache(model.speech, level, cache, last_only=not model.config.mix_layers)
-    pooled, missing = {}, []
+    pooling = model.config.pooling
+    cut_ids, pooled, skipped = _of_frames(model, cuts, level, cache, lambda *found: _pool_one(*found, pooling))
+    empty = torch.zeros(0, *model.speech_head.mean.shape)
+    return Features(cut_ids, torch.stack(pooled) if pooled else empty, skipped)
+
+
+def frozen_frames(model: FusionRetriever, cuts: CutSet, level: Level, cache: Path = CACHE) -> FrozenFrames:
+    """As `frozen_features`, but the frames in a row: the mean of every `frames_per_token` of them.
+
+    All stay in memory, as fp16: with Whisper tiny and four frames a token, 48 kB per second of speech, so that RAVDESS
+    and EmoDB take 0.33 GB.
+    """
+    n = model.config.frames_per_token
+
+    def average(frames: Tensor, active: Tensor) -> Tensor:
+        return pool_frames(frames[None].float(), torch.ones(1, frames.shape[1], dtype=torch.bool), n)[0][0].half()
+
+    return FrozenFrames(*_of_frames(model, cuts, level, cache, average))
+
+
+def padded_frames(frames: list[Tensor]) -> dict:
+    """Clips' frames (L, T, D) as a batch: `frames` (B, L, T, D) float32, zero where invalid, and `mask` (B, T)."""
+    padded = pad_sequence([one.transpose(0, 1) for one in frames], batch_first=True)  # (B, T, L, D)
+    lengths = torch.tensor([one.shape[1] for one in frames])
+    return {"frames": padded.transpose(1, 2).float(), "mask": torch.arange(padded.shape[1]) < lengths[:, None]}
+
+
+@torch.no_grad()
+def _of_frames(
+    model: Retriever, cuts: CutSet, level: Level, cache: Path, reduce: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[list[str], list[Tensor], pd.DataFrame]:
+    """Ids of the usable cuts, what `reduce` makes of their frames (L, T, D) and active frames (T,), and the skipped."""
+    kept = FrameCache(model.speech, level, cache, model.last_only)
+    reduced, missing = {}, []
     progress = tqdm(total=len(cuts), desc="frames", unit="clip", leave=False)
     for cut in cuts:
         try:
@@ -119,7 +167,7 @@ def frozen_features(model: StyleRetriever, cuts: CutSet, level: Level, cache: Pa
         if found is None:
             missing.append(cut)
             continue
-        pooled[cut.id] = _pool_one(*found, model.config.pooling)
+        reduced[cut.id] = reduce(*found)
         progress.update()
     skipped = []
     by_id = {cut.id: cut for cut in missing}
@@ -130,12 +178,11 @@ def frozen_features(model: StyleRetriever, cuts: CutSet, level: Level, cache: Pa
         if batch["cut_id"]:
             for cut_id, *found in zip(batch["cut_id"], *_fitted(*model.frames(batch)), strict=True):
                 kept.write(by_id[cut_id], *found)
-                pooled[cut_id] = _pool_one(*found, model.config.pooling)
+                reduced[cut_id] = reduce(*found)
         progress.update(len(batch["cut_id"]) + len(batch["skipped"]))
     progress.close()
-    cut_ids = [cut.id for cut in cuts if cut.id in pooled]
-    empty = torch.zeros(0, *model.speech_head.mean.shape)
-    return Features(cut_ids, torch.stack([pooled[i] for i in cut_ids]) if cut_ids else empty, skipped_table(skipped))
+    cut_ids = [cut.id for cut in cuts if cut.id in reduced]
+    return cut_ids, [reduced[cut_id] for cut_id in cut_ids], skipped_table(skipped)
 
 
 def _fitted(layers: Tensor, mask: Tensor, active: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -189,7 +236,8 @@ class Embeddings:
     Attributes:
         utterance_ids: N ids, in the manifest's order, without the skipped ones.
         vectors: (N, d) float32, L2-normalised.
-        logits: (N, 22) float32, the style classifier's, columns as STYLES; mean over a long clip's windows.
+        logits: (N, 22) float32, the style classifier's, columns as STYLES; mean over a long clip's windows. (N, 0) of a
+            model without one.
         skipped: columns utterance_id, reason.
     """
 
@@ -200,7 +248,7 @@ class Embeddings:
 
 
 @torch.no_grad()
-def embed(model: StyleRetriever, cuts: CutSet, level: Level, cache: Path | None = CACHE) -> Embeddings:
+def embed(model: Retriever, cuts: CutSet, level: Level, cache: Path | None = CACHE) -> Embeddings:
     """Embeds clips: whole up to 30 s, a longer one as the normalised mean over its windows of at most 8 s.
 
     Args:
@@ -213,9 +261,7 @@ def embed(model: StyleRetriever, cuts: CutSet, level: Level, cache: Path | None 
     if cache is None or tuned:
         ids, found, skipped = _embed_waveforms(model, parts, level)
     else:
-        features = frozen_features(model, parts, level, cache)
-        ids, skipped = features.cut_ids, features.skipped
-        found = _vectors_and_logits(model, {"pooled": features.pooled})
+        ids, found, skipped = _embed_frozen(model, parts, level, cache)
     windows: dict[str, list[int]] = {}
     for row, cut_id in enumerate(ids):
         windows.setdefault(owner[cut_id], []).append(row)
@@ -225,17 +271,37 @@ def embed(model: StyleRetriever, cuts: CutSet, level: Level, cache: Path | None 
     return Embeddings(order, F.normalize(means[0], dim=-1).numpy(), means[1].numpy(), unused)
 
 
-def _vectors_and_logits(model: StyleRetriever, batch: dict) -> tuple[Tensor, Tensor]:
-    """(B, d) unit vectors and (B, 22) logits of the style classifier."""
+def _vectors_and_logits(model: Retriever, batch: dict) -> tuple[Tensor, Tensor]:
+    """(B, d) unit vectors, and (B, 22) logits of the style classifier or (B, 0) without one."""
     vectors = model.speech_vectors(batch)
-    return F.normalize(vectors, dim=-1).float().cpu(), model.classifier(vectors).float().cpu()
+    logits = vectors[:, :0] if model.classifier is None else model.classifier(vectors)
+    return F.normalize(vectors, dim=-1).float().cpu(), logits.float().cpu()
+
+
+def _embed_frozen(
+    model: Retriever, parts: CutSet, level: Level, cache: Path
+) -> tuple[list[str], tuple[Tensor, Tensor], pd.DataFrame]:
+    if isinstance(model, StyleRetriever):
+        features = frozen_features(model, parts, level, cache)
+        return features.cut_ids, _vectors_and_logits(model, {"pooled": features.pooled}), features.skipped
+    kept = frozen_frames(model, parts, level, cache)
+    order = sorted(range(len(kept.frames)), key=lambda i: kept.frames[i].shape[1])  # like lengths side by side
+    rows = [order[start : start + _BATCH] for start in range(0, len(order), _BATCH)]
+    found = [_vectors_and_logits(model, padded_frames([kept.frames[i] for i in part])) for part in rows]
+    vectors, logits = zip(*found, strict=True) if found else zip(*[_nothing(model)], strict=True)
+    return [kept.cut_ids[i] for i in order], (torch.cat(vectors), torch.cat(logits)), kept.skipped
+
+
+def _nothing(model: Retriever) -> tuple[Tensor, Tensor]:
+    """Vectors and logits of no clip."""
+    return torch.zeros(0, model.config.dim), torch.zeros(0, 0 if model.classifier is None else len(STYLES))
 
 
 def _embed_waveforms(
-    model: StyleRetriever, parts: CutSet, level: Level
+    model: Retriever, parts: CutSet, level: Level
 ) -> tuple[list[str], tuple[Tensor, Tensor], pd.DataFrame]:
     ids, skipped = [], []
-    found = [(torch.zeros(0, model.config.dim), torch.zeros(0, len(STYLES)))]
+    found = [_nothing(model)]
     with tqdm(total=len(parts), desc="embed", unit="clip", leave=False) as progress:
         for batch in batches.ordered_batches(parts, _BATCH, level):
             skipped += batch["skipped"]

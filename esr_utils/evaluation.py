@@ -40,7 +40,7 @@ from esr_utils.config import Level, TrainConfig
 from esr_utils.embedding import CACHE, Embeddings, embed
 from esr_utils.manifests import to_cuts
 from esr_utils.prompts import PromptBank
-from esr_utils.retriever import StyleRetriever
+from esr_utils.retriever import Retriever
 from esr_utils.styles import STYLES
 from esr_utils.text import TextBackbone
 
@@ -115,7 +115,7 @@ def checkpoint(run: str | Path, settings: dict) -> str:
 
 @torch.no_grad()
 def style_queries(
-    model: StyleRetriever, styles: list[str], prompts: str, bank: PromptBank | None = None
+    model: Retriever, styles: list[str], prompts: str, bank: PromptBank | None = None
 ) -> NDArray[np.float32]:
     """(len(styles), d): the mean of the unit vectors of all of a style's prompts.
 
@@ -126,7 +126,7 @@ def style_queries(
 
 
 def evaluate(
-    model: StyleRetriever,
+    model: Retriever,
     manifest: pd.DataFrame,
     split: str = "test",
     level: Level = "normalised",
@@ -219,7 +219,7 @@ def _score(found: Evaluation, corpus: str, system: str, scores: NDArray) -> pd.D
 
 @torch.no_grad()
 def joint_space(
-    model: StyleRetriever,
+    model: Retriever,
     embeddings: Embeddings,
     manifest: pd.DataFrame,
     prompts: str = "held_out",

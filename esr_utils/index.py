@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from esr_utils.config import Level
 from esr_utils.embedding import CACHE, Embeddings, embed
 from esr_utils.manifests import to_cuts
-from esr_utils.retriever import StyleRetriever
+from esr_utils.retriever import Retriever
 
 
 class QueryError(ValueError):
@@ -33,7 +33,7 @@ class SearchIndex:
         level: how clips were levelled, and an example clip will be.
     """
 
-    model: StyleRetriever
+    model: Retriever
     clips: pd.DataFrame
     vectors: NDArray[np.float32]
     skipped: pd.DataFrame
@@ -42,7 +42,7 @@ class SearchIndex:
     @classmethod
     def build(
         cls,
-        model: StyleRetriever,
+        model: Retriever,
         manifest: pd.DataFrame,
         level: Level = "normalised",
         embeddings: Embeddings | None = None,

@@ -6,11 +6,18 @@ the mean over both directions and all rows, so that their weights compare.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 NO_STYLE = -1  # label of a clip without a style: left out of the classification loss
+HARD_NEGATIVES = {  # objective in TrainConfig -> variant
+    "hard-negative": "fs-clap",
+    "hard-negative-mga-clap": "mga-clap",
+    "hard-negative-robinson": "robinson",
+}
 
 
 def similarity(speech: Tensor, text: Tensor) -> Tensor:
@@ -18,16 +25,30 @@ def similarity(speech: Tensor, text: Tensor) -> Tensor:
     return F.normalize(speech, dim=-1) @ F.normalize(text, dim=-1).T
 
 
-def info_nce(logits: Tensor) -> Tensor:
+def info_nce(logits: Tensor, relevant: Tensor | None = None) -> Tensor:
     """Symmetric contrastive loss, ESR Eqs. (1) and (2): only pair i is right for row i.
 
-    Same-style pairs in a batch are then each other's negatives; `multi_positive` differs in just that.
+    Same-style pairs in a batch are then each other's negatives; `multi_positive` differs in just that. With `relevant`
+    they are neither: what is right for a row and is not its own pair is left out of its denominator.
 
     Args:
         logits: (B, B) similarity / tau, rows speech, columns text.
+        relevant: (B, B) bool, clip i is right for caption j; the diagonal counts as True whatever it holds.
     """
     target = torch.arange(len(logits), device=logits.device)
+    logits = logits.masked_fill(false_negatives(logits, relevant), -torch.inf)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def false_negatives(logits: Tensor, relevant: Tensor | None) -> Tensor:
+    """(B, B) bool: pairs off the diagonal that are right nonetheless; none without `relevant`."""
+    if relevant is None:
+        return torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
+    return relevant & ~_diagonal(logits)
+
+
+def _diagonal(logits: Tensor) -> Tensor:
+    return torch.eye(len(logits), dtype=torch.bool, device=logits.device)
 
 
 def multi_positive(logits: Tensor, style: Tensor) -> Tensor:
@@ -45,23 +66,105 @@ def multi_positive(logits: Tensor, style: Tensor) -> Tensor:
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def hard_negative(logits: Tensor, gamma: float = 0.15) -> Tensor:
-    """Hard-negative guided loss, FS-CLAP Eqs. (1) and (2): negatives weigh by how close they are.
+def hard_negative(
+    logits: Tensor,
+    gamma: float | Tensor = 0.15,
+    variant: Literal["fs-clap", "mga-clap", "robinson"] = "fs-clap",
+    relevant: Tensor | None = None,
+) -> Tensor:
+    """InfoNCE whose negatives weigh by how close they are: -log e^S_ii / (e^S_ii + sum_{j != i} w_ij e^S_ij).
 
-    alpha_ij = B exp(gamma S_ij) / sum_k exp(gamma S_ik), k over all pairs, and gradients flow through the weights.
-    Eq. (1) sums over rows and directions; this is the mean, so the paper's value is 2B times this. gamma = 0 is
-    `info_nce`.
+    With e_ij = exp(gamma S_ij), k over the n pairs of row i that are not left out (n = B without `relevant`):
+
+        fs-clap    w_ij = n e_ij / sum_k e_ik                     FS-CLAP Eqs. (1) and (2): the positive is among the k
+        mga-clap   w_ij = (n - 1) e_ij / (sum_k e_ik - e_ij)      what MGA-CLAP (Li et al. 2024) means: all but j
+        robinson   w_ij = (n - 1) e_ij / sum_{k != i} e_ik        Robinson et al. 2021, Eq. 4, tau+ = 0: negatives only
+
+    Gradients flow through the weights, in each. This is the mean over rows and directions, as in MGA-CLAP; FS-CLAP's
+    Eq. (1) sums, so its value is 2B times this. gamma = 0 makes every weight 1, and is `info_nce` to the constant 1.
+    MGA-CLAP's published code differs from its formula: it divides by the sum of row j where row i's is meant.
+
+    A larger gamma gives a larger loss (for robinson always: its derivative is the mean of S over the negatives at
+    exponent 1 + gamma less that at gamma). So a gamma that is learned by going down the loss falls to InfoNCE, and
+    below 0 to preferring easy negatives: whoever learns it keeps it from falling, and looks at where it goes.
 
     Args:
         logits: (B, B) similarity / tau = S.
+        gamma: a number, or a scalar tensor that receives a gradient.
+        relevant: (B, B) bool, as in `info_nce`; a row in which all is right adds 0.
     """
+    left_out = false_negatives(logits, relevant)
+    sides = (logits, left_out), (logits.T, left_out.T)
+    return sum(_hard_negative_one_way(s, gamma, variant, out) for s, out in sides) / 2
 
-    def one_way(s: Tensor) -> Tensor:
-        log_alpha = F.log_softmax(gamma * s, dim=1) + torch.tensor(float(len(s)), device=s.device).log()
-        weights = log_alpha.masked_fill(torch.eye(len(s), dtype=torch.bool, device=s.device), 0.0)
-        return (torch.logsumexp(s + weights, dim=1) - s.diagonal()).mean()
 
-    return (one_way(logits) + one_way(logits.T)) / 2
+def _hard_negative_one_way(s: Tensor, gamma: float | Tensor, variant: str, left_out: Tensor) -> Tensor:
+    """In logarithms, so that no exp(gamma S) overflows."""
+    own, kept = _diagonal(s), (~left_out).sum(dim=1, keepdim=True).to(s.dtype)
+    if variant == "fs-clap":
+        harder = gamma * s
+        log_sum, log_count = harder.masked_fill(left_out, -torch.inf).logsumexp(1, keepdim=True), kept.log()
+    elif variant == "mga-clap":
+        harder = gamma * s
+        log_sum, log_count = _log_sum_of_others(harder, left_out), (kept - 1).clamp_min(1).log()
+    elif variant == "robinson":
+        # A row without a negative has an empty sum; its only entry is the positive, which is not weighted.
+        alone = kept == 1
+        harder = gamma * s
+        log_sum = harder.masked_fill((left_out | own) & ~alone, -torch.inf).logsumexp(1, keepdim=True)
+        log_count = (kept - 1).clamp_min(1).log()
+    else:
+        raise ValueError(f"hard-negative variant {variant!r}; it must be fs-clap, mga-clap or robinson")
+    log_weight = (harder - log_sum + log_count).masked_fill(own, 0.0)
+    return (torch.logsumexp((s + log_weight).masked_fill(left_out, -torch.inf), dim=1) - s.diagonal()).mean()
+
+
+def _log_sum_of_others(x: Tensor, left_out: Tensor) -> Tensor:
+    """(B, B): log of the sum of exp(x_ik) over the k that are neither j nor left out.
+
+    Taking exp(x_ij) from the row's sum is exact unless it is the largest, whose rest is summed by itself.
+    """
+    x = x.masked_fill(left_out, -torch.inf)
+    largest = F.one_hot(x.argmax(dim=1), x.shape[1]).bool()
+    alone = (~left_out).sum(dim=1, keepdim=True) == 1  # nothing but the positive: no weight is used
+    rest = x.masked_fill(largest & ~alone, -torch.inf).logsumexp(1, keepdim=True)
+    share = x.softmax(dim=1).masked_fill(largest, 0.0)  # at most 1/2
+    return torch.where(largest, rest, x.logsumexp(1, keepdim=True) + torch.log1p(-share))
+
+
+def self_distillation(logits: Tensor, teacher: Tensor, temperature: float = 0.07, share: float = 0.5) -> Tensor:
+    """RA-CLAP's second stage (Sun et al. 2025): what the teacher finds alike is a match in part, not a negative.
+
+    The target of a row is (1 - share) times its own pair + share times softmax(teacher / temperature) of that row; of
+    a column likewise. The mean of both cross-entropies; its least value is the targets' entropy, not 0. share = 0 is
+    `info_nce`; a teacher that tells pairs apart without doubt comes to the same. The mixture with the own pair is that
+    of Hinton et al. 2015; how RA-CLAP weighs the two is not in what was at hand.
+
+    Args:
+        logits: (B, B) the student's similarity / tau.
+        teacher: (B, B) the teacher's cosine similarities; no gradient reaches them.
+        temperature: above tau it softens the teacher.
+        share: 0 … 1, of the target that the teacher gives.
+    """
+    teacher, own = teacher.detach() / temperature, _diagonal(logits).to(logits.dtype)
+
+    def one_way(s: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(s, (1 - share) * own + share * t.softmax(dim=1))
+
+    return (one_way(logits, teacher) + one_way(logits.T, teacher.T)) / 2
+
+
+def mean_over_norm(h: Tensor) -> Tensor:
+    """The regulariser of FS-CLAP Eq. (3) for one modality: mean |h| / ||h||_2 of each vector, then the mean of those.
+
+    Of the pooled vectors whose cosine is taken, before they are normalised. Row by row the length cancels: normalised
+    ones give the same, and MGA-CLAP's code, which takes both over the whole normalised (B, d) matrix, gives this over
+    sqrt(B). It lies between 1/d (one element alone) and 1/sqrt(d) (all alike), so going down it makes vectors sparse.
+
+    Args:
+        h: (B, d) speech or text vectors; one of zeros counts 0.
+    """
+    return (h.abs().mean(dim=-1) / h.norm(dim=-1).clamp_min(torch.finfo(h.dtype).tiny)).mean()
 
 
 def sigmoid(logits: Tensor, bias: Tensor) -> Tensor:
@@ -81,8 +184,8 @@ def contrastive(objective: str, logits: Tensor, style: Tensor, bias: Tensor) -> 
         return info_nce(logits)
     if objective == "multi-positive":
         return multi_positive(logits, style)
-    if objective == "hard-negative":
-        return hard_negative(logits)
+    if objective in HARD_NEGATIVES:
+        return hard_negative(logits, variant=HARD_NEGATIVES[objective])
     return sigmoid(logits, bias)
 
 

@@ -1,15 +1,20 @@
-"""StyleRetriever: a speech encoder and a text encoder into one space, where the cosine says how well a sentence fits.
+"""Retrievers: a speech encoder and a text encoder into one space, where the cosine says how well a sentence fits.
 
-speech: backbone frames (B, L, T, D) -> pooled over time per layer (B, L, P) -> standardised -> mixed over layers ->
-hidden layer -> linear projection (B, d). text: backbone vector -> linear projection (B, d). In ESR section III-A, B the
-mean of the last layer is projected at once; `ModelConfig.paper()` is just that. A style classifier reads the speech
-vectors: it helps training, and alone it is the paper's baseline (section IV-D).
+`Retriever` is what all of them share: unit vectors, the temperature, a folder. `load` reads whichever kind a folder
+holds. StyleRetriever is ESR's; FS-CLAP's is `fusion.FusionRetriever`.
+
+StyleRetriever. speech: backbone frames (B, L, T, D) -> pooled over time per layer (B, L, P) -> standardised -> mixed
+over layers -> hidden layer -> linear projection (B, d). text: backbone vector -> linear projection (B, d). In ESR
+section III-A, B the mean of the last layer is projected at once; `ModelConfig.paper()` is just that. A style classifier
+reads the speech vectors: it helps training, and alone it is the paper's baseline (section IV-D).
 """
 
 from __future__ import annotations
 
 import math
+import pkgutil
 from pathlib import Path
+from typing import Self
 
 import torch
 from safetensors import SafetensorError
@@ -18,12 +23,168 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from esr_utils import losses, runs, weights
-from esr_utils.config import ModelConfig
+from esr_utils.config import FusionConfig, ModelConfig
 from esr_utils.speech import SpeechBackbone, active_frames, load_speech_backbone
 from esr_utils.styles import STYLES
 from esr_utils.text import TextBackbone, load_text_backbone
 
 MAX_LOGIT_SCALE = math.log(100.0)  # as CLIP and CLAP clamp it
+
+# `kind` in a folder's config.json -> its class, by name: the modules of the others import this one.
+KINDS = {"style": "esr_utils.retriever:StyleRetriever", "fusion": "esr_utils.fusion:FusionRetriever"}
+
+
+class Retriever(nn.Module):
+    """What is common to all kinds. A subclass names its `kind` and settings, and makes the vectors.
+
+    Attributes:
+        kind: of KINDS; written to config.json.
+        config: how it was built; `save` and `load` keep it in a folder.
+        speech, text: the backbones.
+        log_scale: log(1 / tau), learned; see `logit_scale`.
+        classifier: (B, d) speech vectors to (B, 22) logits of styles, or None where the kind has none.
+    """
+
+    kind: str
+    config_type: type[ModelConfig | FusionConfig]
+    classifier: nn.Module | None = None
+
+    def __init__(self, config: ModelConfig | FusionConfig, speech: SpeechBackbone, text: TextBackbone) -> None:
+        super().__init__()
+        self.config = config
+        self.speech, self.text = speech, text
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
+
+    @classmethod
+    def build(cls, config: ModelConfig | FusionConfig) -> Self:
+        """A retriever with pretrained backbones and all else drawn from torch's current seed."""
+        return cls(config, load_speech_backbone(config.speech_backbone), load_text_backbone(config.text_backbone))
+
+    @property
+    def device(self) -> torch.device:
+        return self.log_scale.device
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """1 / tau, at most 100."""
+        beyond = (self.log_scale - MAX_LOGIT_SCALE).clamp(min=0.0)
+        return (self.log_scale - beyond.detach()).exp()  # at the limit it still has a gradient, to come back by
+
+    @property
+    def last_only(self) -> bool:
+        """Whether the last layer of the speech backbone is all that is read."""
+        return False
+
+    def speech_vectors(self, batch: dict) -> Tensor:
+        """e_s, (B, d), not normalised, of a batch with `waveform` (B, S) at 16 kHz and `n_samples` (B,)."""
+        raise TypeError(f"{type(self).__name__} does not define speech_vectors")
+
+    def text_vectors(self, texts: list[str]) -> Tensor:
+        """e_t, (B, d), not normalised."""
+        raise TypeError(f"{type(self).__name__} does not define text_vectors")
+
+    def encode_speech(self, batch: dict) -> Tensor:
+        """(B, d), L2-normalised; see `speech_vectors`."""
+        return F.normalize(self.speech_vectors(batch), dim=-1)
+
+    def encode_text(self, texts: list[str]) -> Tensor:
+        """(B, d), L2-normalised."""
+        return F.normalize(self.text_vectors(texts), dim=-1)
+
+    def frames(self, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
+        """The speech backbone's frames (B, L, T, D), which are valid (B, T), and which carry speech (B, T).
+
+        L is 1, the last layer, where layers are not mixed.
+        """
+        waveform, n_samples = batch["waveform"].to(self.device), batch["n_samples"].to(self.device)
+        layers, mask = self.speech.layers(waveform, n_samples, last_only=self.last_only)
+        return layers, mask, active_frames(waveform, n_samples, self.speech.hop, mask.shape[1])
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `config.json` and `model.safetensors`: what was trained, and of an untouched backbone name and hash.
+
+        Each file is replaced at once; the settings name the weights' hash, so a mixture of two saves is refused at
+        load.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tuned = any(parameter.requires_grad for parameter in self.speech.parameters())
+        left_out = ("text.",) if tuned else ("text.", "speech.")
+        state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items() if not k.startswith(left_out)}
+        with runs.atomic_path(folder / "model.safetensors") as temporary:
+            save_file(state, temporary)
+            digest = weights.file_sha256(temporary)
+        about = {
+            "kind": self.kind,
+            "model": self.config.to_dict(),
+            "speech_backbone_tuned": tuned,
+            "speech_backbone_sha256": None if tuned else weights.fingerprint(self.speech),
+            "text_backbone_sha256": self.text.sha256,
+            "weights_sha256": digest,
+        }
+        runs.write_json(folder / "config.json", about)
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> Self:
+        """Reads what `save` wrote, in eval mode. `load` of this module takes any kind.
+
+        Raises:
+            weights.WeightsError: a file is missing or damaged, it is a retriever of another kind, or a backbone is not
+                the one it was trained on.
+        """
+        folder = Path(folder)
+        about = _about(folder)
+        if about["kind"] != cls.kind:
+            raise weights.WeightsError(
+                f"{folder} holds a retriever of kind {about['kind']!r}, not {cls.kind!r}: retriever.load takes either"
+            )
+        weights.check_sha256(folder / "model.safetensors", about["weights_sha256"])
+        model = cls.build(cls.config_type.from_dict(about["model"]))
+        untouched = {"text": model.text.sha256}
+        if not about["speech_backbone_tuned"]:
+            untouched["speech"] = weights.fingerprint(model.speech)
+        for part, found in untouched.items():
+            if found != (expected := about[f"{part}_backbone_sha256"]):
+                name = about["model"][f"{part}_backbone"]
+                raise weights.WeightsError(
+                    f"{folder} was trained on a {name!r} of sha256 {expected[:12]}…; this machine's has {found[:12]}…"
+                )
+        try:
+            state = load_file(folder / "model.safetensors")
+        except SafetensorError as error:
+            raise weights.WeightsError(f"{folder / 'model.safetensors'}: {error}") from None
+        try:
+            missing, unexpected = model.load_state_dict(state, strict=False)
+        except RuntimeError as error:  # a tensor of another shape
+            raise weights.WeightsError(f"{folder} does not fit its settings: {error}") from None
+        absent = [k for k in missing if not k.startswith(("text.", "speech."))]
+        if absent or unexpected or (about["speech_backbone_tuned"] and any(k.startswith("speech.") for k in missing)):
+            raise weights.WeightsError(f"{folder} does not fit its settings: lacks {absent}, has {unexpected}")
+        model.speech.set_trainable(about["speech_backbone_tuned"])  # saved again, it is saved whole again
+        return model.eval().to(device)
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu") -> Retriever:
+    """The retriever that a folder holds, of whichever kind, in eval mode.
+
+    Raises:
+        weights.WeightsError: as `Retriever.load`, or the kind is not known here.
+    """
+    kind = _about(Path(folder))["kind"]
+    if kind not in KINDS:
+        raise weights.WeightsError(f"{folder} holds a retriever of kind {kind!r}; known here: {', '.join(KINDS)}")
+    return pkgutil.resolve_name(KINDS[kind]).load(folder, device)
+
+
+def _about(folder: Path) -> dict:
+    """A retriever's config.json; where no kind is stated, from before there were several, it is `style`."""
+    if not (folder / "config.json").is_file():
+        raise weights.WeightsError(f"{folder} holds no retriever: train one with notebook 03_train first")
+    about = runs.read_json(folder / "config.json")
+    wanted = {"model", "speech_backbone_tuned", "speech_backbone_sha256", "text_backbone_sha256", "weights_sha256"}
+    if lacking := wanted - set(about if isinstance(about, dict) else ()):
+        raise weights.WeightsError(f"{folder / 'config.json'} is not a retriever's: it lacks {sorted(lacking)}")
+    return {"kind": "style"} | about
 
 
 def pool(layers: Tensor, mask: Tensor, active: Tensor, pooling: str) -> Tensor:
@@ -82,49 +243,28 @@ class SpeechHead(nn.Module):
         return self.projection(mixed)
 
 
-class StyleRetriever(nn.Module):
-    """See the module's docstring. `config` says how it was built; `save` and `load` keep it in a folder."""
+class StyleRetriever(Retriever):
+    """See the module's docstring."""
+
+    kind, config_type = "style", ModelConfig
 
     def __init__(self, config: ModelConfig, speech: SpeechBackbone, text: TextBackbone) -> None:
-        super().__init__()
-        self.config = config
-        self.speech, self.text = speech, text
+        super().__init__(config, speech, text)
         width = speech.dim * (2 if config.pooling == "stats" else 1)
         self.speech_head = SpeechHead(speech.n_layers if config.mix_layers else 1, width, config)
         self.text_head = nn.Linear(text.dim, config.dim)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
         self.bias = nn.Parameter(torch.tensor(-10.0))  # only the sigmoid objective reads it
         self.classifier = losses.two_layer(config.dim, config.classifier_hidden, len(STYLES))
 
-    @classmethod
-    def build(cls, config: ModelConfig) -> StyleRetriever:
-        """A retriever with pretrained backbones and heads drawn from torch's current seed."""
-        return cls(config, load_speech_backbone(config.speech_backbone), load_text_backbone(config.text_backbone))
-
     @property
-    def device(self) -> torch.device:
-        return self.text_head.weight.device
-
-    @property
-    def logit_scale(self) -> Tensor:
-        """1 / tau, at most 100."""
-        beyond = (self.log_scale - MAX_LOGIT_SCALE).clamp(min=0.0)
-        return (self.log_scale - beyond.detach()).exp()  # at the limit it still has a gradient, to come back by
+    def last_only(self) -> bool:
+        return not self.config.mix_layers
 
     def pooled(self, batch: dict) -> Tensor:
         """(B, L, P): those that came with the batch (a frozen backbone's, kept), else by running the backbone."""
         if "pooled" in batch:
             return batch["pooled"].to(self.device)
         return pool(*self.frames(batch), self.config.pooling)
-
-    def frames(self, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
-        """The speech backbone's frames (B, L, T, D), which are valid (B, T), and which carry speech (B, T).
-
-        L is 1, the last layer, where layers are not mixed.
-        """
-        waveform, n_samples = batch["waveform"].to(self.device), batch["n_samples"].to(self.device)
-        layers, mask = self.speech.layers(waveform, n_samples, last_only=not self.config.mix_layers)
-        return layers, mask, active_frames(waveform, n_samples, self.speech.hop, mask.shape[1])
 
     def speech_vectors(self, batch: dict) -> Tensor:
         """e_s, (B, d), not normalised, of a batch with `waveform` (B, S) at 16 kHz and `n_samples` (B,), or `pooled`.
@@ -136,73 +276,3 @@ class StyleRetriever(nn.Module):
     def text_vectors(self, texts: list[str]) -> Tensor:
         """e_t, (B, d), not normalised: what the losses take."""
         return self.text_head(self.text.embed(list(texts)))
-
-    def encode_speech(self, batch: dict) -> Tensor:
-        """(B, d), L2-normalised; see `speech_vectors`."""
-        return F.normalize(self.speech_vectors(batch), dim=-1)
-
-    def encode_text(self, texts: list[str]) -> Tensor:
-        """(B, d), L2-normalised."""
-        return F.normalize(self.text_vectors(texts), dim=-1)
-
-    def save(self, folder: str | Path) -> None:
-        """Writes `config.json` and `model.safetensors`: what was trained, and of an untouched backbone name and hash.
-
-        Each file is replaced at once; the settings name the weights' hash, so a mixture of two saves is refused at
-        load.
-        """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tuned = any(parameter.requires_grad for parameter in self.speech.parameters())
-        left_out = ("text.",) if tuned else ("text.", "speech.")
-        state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items() if not k.startswith(left_out)}
-        with runs.atomic_path(folder / "model.safetensors") as temporary:
-            save_file(state, temporary)
-            digest = weights.file_sha256(temporary)
-        about = {
-            "model": self.config.to_dict(),
-            "speech_backbone_tuned": tuned,
-            "speech_backbone_sha256": None if tuned else weights.fingerprint(self.speech),
-            "text_backbone_sha256": self.text.sha256,
-            "weights_sha256": digest,
-        }
-        runs.write_json(folder / "config.json", about)
-
-    @classmethod
-    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> StyleRetriever:
-        """Reads what `save` wrote, in eval mode.
-
-        Raises:
-            weights.WeightsError: a file is missing or damaged, or a backbone is not the one it was trained on.
-        """
-        folder = Path(folder)
-        if not (folder / "config.json").is_file():
-            raise weights.WeightsError(f"{folder} holds no retriever: train one with notebook 03_train first")
-        about = runs.read_json(folder / "config.json")
-        wanted = {"model", "speech_backbone_tuned", "speech_backbone_sha256", "text_backbone_sha256", "weights_sha256"}
-        if lacking := wanted - set(about if isinstance(about, dict) else ()):
-            raise weights.WeightsError(f"{folder / 'config.json'} is not a retriever's: it lacks {sorted(lacking)}")
-        weights.check_sha256(folder / "model.safetensors", about["weights_sha256"])
-        model = cls.build(ModelConfig.from_dict(about["model"]))
-        untouched = {"text": model.text.sha256}
-        if not about["speech_backbone_tuned"]:
-            untouched["speech"] = weights.fingerprint(model.speech)
-        for part, found in untouched.items():
-            if found != (expected := about[f"{part}_backbone_sha256"]):
-                name = about["model"][f"{part}_backbone"]
-                raise weights.WeightsError(
-                    f"{folder} was trained on a {name!r} of sha256 {expected[:12]}…; this machine's has {found[:12]}…"
-                )
-        try:
-            state = load_file(folder / "model.safetensors")
-        except SafetensorError as error:
-            raise weights.WeightsError(f"{folder / 'model.safetensors'}: {error}") from None
-        try:
-            missing, unexpected = model.load_state_dict(state, strict=False)
-        except RuntimeError as error:  # a tensor of another shape
-            raise weights.WeightsError(f"{folder} does not fit its settings: {error}") from None
-        absent = [k for k in missing if not k.startswith(("text.", "speech."))]
-        if absent or unexpected or (about["speech_backbone_tuned"] and any(k.startswith("speech.") for k in missing)):
-            raise weights.WeightsError(f"{folder} does not fit its settings: lacks {absent}, has {unexpected}")
-        model.speech.set_trainable(about["speech_backbone_tuned"])  # saved again, it is saved whole again
-        return model.eval().to(device)

@@ -1,7 +1,7 @@
 """Text backbones behind one interface, and the cache of a frozen one's prompt vectors.
 
-The backbone stays frozen and in eval mode (no dropout), as in the paper, so a prompt has one vector: it is computed
-once.
+The backbone stays frozen and in eval mode (no dropout), as in the paper, so a prompt has one vector, and one sequence
+of token vectors: they are computed once, and kept in memory up to a limit.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoModelForTextEncoding, AutoTokenizer
 
 from esr_utils import weights
@@ -20,6 +22,37 @@ from esr_utils import weights
 _CLS = ("bert", "roberta", "xlm-roberta")  # model types whose first token stands for the text (ESR section III-B)
 _ENCODER_DECODER = ("t5", "mt5", "umt5")  # of which the encoder alone is used
 _BATCH = 256
+_KEPT_BYTES = 2**28  # of vectors, and as much of sequences: 170,000 and 17,000 captions with MiniLM
+
+
+class Tokens(NamedTuple):
+    """Sequences side by side: values (B, T, D), zero where invalid, and mask (B, T), True where valid."""
+
+    values: Tensor
+    mask: Tensor
+
+
+class _Kept:
+    """Tensors by text, up to `_KEPT_BYTES` in all: the oldest go first."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self.n_bytes = 0
+
+    def fill(self, texts: list[str], make: Callable[[list[str]], list[Tensor]]) -> list[Tensor]:
+        """One tensor a text; `make` is called on batches of the distinct ones that are not kept."""
+        found = {text: self.tensors[text] for text in texts if text in self.tensors}
+        new = {text for text in texts if text not in found}
+        new = sorted(new, key=lambda text: (len(text), text))  # like lengths side by side, and in every process alike
+        for start in range(0, len(new), _BATCH):
+            part = new[start : start + _BATCH]
+            found.update(zip(part, make(part), strict=True))
+        for text in new:
+            self.tensors[text] = found[text]
+            self.n_bytes += found[text].nbytes
+        while self.n_bytes > _KEPT_BYTES:
+            self.n_bytes -= self.tensors.pop(next(iter(self.tensors))).nbytes
+        return [found[text] for text in texts]
 
 
 class TextBackbone(nn.Module):
@@ -48,7 +81,7 @@ class TextBackbone(nn.Module):
         unused = 2 if "roberta" in model.config.model_type else 0
         positions = getattr(model.config, "max_position_embeddings", 512) - unused
         self.max_tokens = min(tokenizer.model_max_length, positions)
-        self._known: dict[str, Tensor] = {}
+        self._vectors, self._sequences = _Kept(), _Kept()
 
     def train(self, mode: bool = True) -> TextBackbone:
         """Stays in eval mode whatever its owner does: dropout would make a prompt's vector random."""
@@ -86,14 +119,25 @@ class TextBackbone(nn.Module):
         return hidden.last_hidden_state, encoded["attention_mask"].bool()
 
     def embed(self, texts: list[str]) -> Tensor:
-        """(B, D) float32, not normalised; each distinct text is run once in the life of this object."""
-        new = {text for text in texts if text not in self._known}
-        new = sorted(new, key=lambda text: (len(text), text))  # like lengths side by side, and in every process alike
-        for start in range(0, len(new), _BATCH):
-            part = new[start : start + _BATCH]
+        """(B, D) float32, not normalised; a text that is kept is not run again."""
+
+        def make(part: list[str]) -> list[Tensor]:
             tokens, mask = self.tokens(part)
-            self._known.update(zip(part, pool_tokens(tokens.float(), mask, self.pooling), strict=True))
-        return torch.stack([self._known[text] for text in texts]).to(self._place)
+            return [vector.clone() for vector in pool_tokens(tokens.float(), mask, self.pooling)]
+
+        return torch.stack(self._vectors.fill(list(texts), make)).to(self._place)
+
+    def sequences(self, texts: list[str]) -> Tokens:
+        """The last hidden states, special tokens included: values (B, T, D) float32; kept as fp16, as `embed` does."""
+
+        def make(part: list[str]) -> list[Tensor]:
+            tokens, mask = self.tokens(part)
+            return [one[valid].half().cpu() for one, valid in zip(tokens, mask, strict=True)]
+
+        sequences = self._sequences.fill(list(texts), make)
+        lengths = torch.tensor([len(one) for one in sequences], device=self._place)
+        values = pad_sequence(sequences, batch_first=True).to(self._place).float()
+        return Tokens(values, torch.arange(values.shape[1], device=self._place) < lengths[:, None])
 
 
 def pool_tokens(tokens: Tensor, mask: Tensor, pooling: str) -> Tensor:

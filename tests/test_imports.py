@@ -14,10 +14,10 @@ ROOT = Path(esr_utils.__file__).parent
 LAYERS = {
     "leaves": (
         "config", "runs", "weights", "styles", "wording", "prompts", "metrics", "intervals", "losses", "audio_files",
-        "manifest_schema", "modality", "tables", "paper", "processes",
+        "manifest_schema", "modality", "tables", "paper", "processes", "matching", "codebook",
     ),
     "data": ("manifests", "corpora", "provenance", "batches", "acoustics", "trials", "scoring", "controls"),
-    "models": ("speech", "text", "chat", "retriever", "embedding"),
+    "models": ("speech", "text", "chat", "retriever", "fusion", "embedding"),
     "top": (
         "objective", "checkpoints", "fitting", "training", "evaluation", "comparison", "ablations", "spaces", "index",
         "generation", "plots",
