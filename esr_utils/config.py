@@ -225,12 +225,12 @@ class FusionTrainConfig(_Config):
     backbone_learning_rate: float = 4e-5  # at its peak: of the speech backbone, with finetune "full"
     weight_decay: float = 0.01  # of AdamW
     objective: Contrast = "hard-negative"
+    learn_gamma: bool = False  # True: gamma is trained, and goes down to 0, where the loss is InfoNCE
     mask_false_negatives: bool = True  # pairs whose caption is true of the other's clip too are no negatives
     regulariser_weight: float = 0.0  # of Eq. (3)'s term; the paper's is 1
     matching_weight: float = 1.0  # of the loss on fused pairs; 0 = pairs are not fused in training
     mined_negatives: int = 1  # for each clip and each caption, fused with it beside its own: 2 m B fusions a step
     teacher: str = ""  # run folder of a trained retriever, whose similarities are targets too (RA-CLAP); empty = none
-    distillation_weight: float = 1.0  # of the loss on the teacher's similarities
     finetune: Finetune = "frozen"  # of the speech backbone; the text backbone is always frozen
     precision: Precision = "auto"  # of matrix products; auto: bf16 on a GPU that has it, else fp32
     level: Level = "recorded"  # captions name the energy, which normalising takes out

@@ -103,6 +103,10 @@ class Features:
     pooled: Tensor
     skipped: pd.DataFrame
 
+    def batch(self, rows: list[int]) -> dict:
+        """What of a batch stands for the waveform: `pooled` (B, L, P)."""
+        return {"pooled": self.pooled[rows]}
+
 
 @dataclass(frozen=True)
 class FrozenFrames:
@@ -117,6 +121,10 @@ class FrozenFrames:
     cut_ids: list[str]
     frames: list[Tensor]
     skipped: pd.DataFrame
+
+    def batch(self, rows: list[int]) -> dict:
+        """What of a batch stands for the waveform: `padded_frames`."""
+        return padded_frames([self.frames[row] for row in rows])
 
 
 def frozen_features(model: StyleRetriever, cuts: CutSet, level: Level, cache: Path = CACHE) -> Features:
@@ -203,12 +211,12 @@ def skipped_table(skipped: list[tuple[str, str]]) -> pd.DataFrame:
 
 
 class FrozenClips:
-    """Pooled layers of a frozen backbone in memory: an epoch takes one window of each clip, in batches."""
+    """What a frozen backbone gave, in memory: an epoch takes one window of each clip, in batches."""
 
-    def __init__(self, features: Features, cuts: CutSet, batch_size: int) -> None:
+    def __init__(self, features: Features | FrozenFrames, cuts: CutSet, batch_size: int) -> None:
         by_id = {cut.id: cut for cut in cuts}
         self.cuts = [by_id[cut_id] for cut_id in features.cut_ids]
-        self.pooled, self.batch_size = features.pooled, batch_size
+        self.features, self.batch_size = features, batch_size
         windows: dict[str, list[int]] = {}
         for row, cut in enumerate(self.cuts):
             windows.setdefault(batches.utterance_id(cut), []).append(row)
@@ -224,9 +232,9 @@ class FrozenClips:
         return batches.batched([self.cuts[chosen[i]] for i in rng.permutation(len(chosen))], self.batch_size)
 
     def load(self, plan: list[list[Cut]]) -> Iterator[dict]:
-        """Batches as those of `batches.WaveformClips.load`, with `pooled` (B, L, P) for the waveform."""
+        """Batches as those of `batches.WaveformClips.load`, with `features.batch` for the waveform."""
         for cuts in plan:
-            yield {"pooled": self.pooled[[self.row[cut.id] for cut in cuts]], **batches.about(cuts), "skipped": []}
+            yield self.features.batch([self.row[cut.id] for cut in cuts]) | batches.about(cuts) | {"skipped": []}
 
 
 @dataclass(frozen=True)

@@ -114,12 +114,16 @@ class Fitting(ABC):
     def _step(self, batch: dict, texts: list[str], stage: str) -> Values:
         values = self.objective.backward(batch, texts, stage)
         if values:
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            self.progress.step += 1
-            terms = {f"train/{name}": value for name, (value, _) in values.items()}
-            self.accelerator.log(terms, step=self.progress.step)
+            self._update(values)
         return values
+
+    def _update(self, values: Values) -> None:
+        """A step of the optimiser, counted and logged."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.progress.step += 1
+        terms = {f"train/{name}": value for name, (value, _) in values.items()}
+        self.accelerator.log(terms, step=self.progress.step)
 
     def validate(self, stage: str) -> dict[str, float]:
         """Mean of each term over the whole val split: the same texts, crops and order every time."""

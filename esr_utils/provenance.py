@@ -12,20 +12,33 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from esr_utils import runs
-from esr_utils.config import ConfigError, ModelConfig, TrainConfig
+from esr_utils.config import ConfigError, FusionConfig, FusionTrainConfig, ModelConfig, TrainConfig
 from esr_utils.corpora import DEMO_FOLDER, reading
 from esr_utils.manifests import load_corpora, read_manifest, with_root
 from esr_utils.prompts import PROMPTS_PATH, PromptBank
+
+
+# What a run trains, by the kind in its config.json: its model's settings and its training's.
+KINDS = {"style": (ModelConfig, TrainConfig), "fusion": (FusionConfig, FusionTrainConfig)}
 
 
 class RunExists(ValueError):
     """The run folder holds a run with other settings, or another process trains it; the message says which."""
 
 
-def begin(manifest: pd.DataFrame, run: str | Path, model_config: ModelConfig, config: TrainConfig) -> None:
+def begin(
+    manifest: pd.DataFrame,
+    run: str | Path,
+    model_config: ModelConfig | FusionConfig,
+    config: TrainConfig | FusionTrainConfig,
+    captions: pd.DataFrame | None = None,
+) -> None:
     """Writes a run's config.json, or checks that the one there says the same; `go_on` trains it.
 
     A config.json that no epoch has followed is written anew.
+
+    Args:
+        captions: what a run of kind `fusion` is trained on; one of kind `style` has its prompt bank.
 
     Raises:
         RunExists: the folder holds a run with other settings.
@@ -36,13 +49,16 @@ def begin(manifest: pd.DataFrame, run: str | Path, model_config: ModelConfig, co
     if twice := sorted({corpus for corpus in corpora if corpora.count(corpus) > 1}):
         raise ConfigError(f"corpora: {', '.join(twice)} in two readings: train on one of them")
     split = manifest["split"].value_counts()
+    kind = next(kind for kind, configs in KINDS.items() if isinstance(config, configs[1]))
+    texts = bank_of_run(config).sha256 if captions is None else runs.text_sha256(captions.to_csv(index=False))
     settings = {
+        "kind": kind,
         "model": model_config.to_dict(),
         "training": config.to_dict(),
         "corpora": manifest["corpus"].unique().tolist(),  # in their order, which the fingerprint depends on
         "roots": sorted(manifest["root"].unique()),
         "clips": {name: int(split.get(name, 0)) for name in ("train", "val", "test")},
-        "prompts_sha256": bank_of_run(config).sha256,
+        "prompts_sha256" if captions is None else "captions_sha256": texts,
         "manifest_sha256": fingerprint(manifest),
     }
     path = folder / "config.json"
@@ -65,12 +81,14 @@ def _changed(there: dict, now: dict) -> list[str]:
     """Where the settings of two runs differ, in words. A setting that the older one does not know has its default."""
     if not _is_run(there):
         return ["not a run's config.json"]
+    if (kind := there.get("kind", "style")) != now["kind"]:
+        return [f"kind: {kind!r} there, {now['kind']!r} now"]
     changed = []
-    for part, kind in (("model", ModelConfig), ("training", TrainConfig)):
-        before = json.loads(json.dumps(kind.from_dict(there[part]).to_dict()))
+    for part, config in zip(("model", "training"), KINDS[kind], strict=True):
+        before = json.loads(json.dumps(config.from_dict(there[part]).to_dict()))
         changed += [f"{part}.{k}: {before[k]!r} there, {v!r} now" for k, v in now[part].items() if before[k] != v]
-    whole = ("corpora", "prompts_sha256", "manifest_sha256")
-    return changed + [f"{key}: other than now" for key in whole if there.get(key) != now[key]]
+    whole = ("corpora", "prompts_sha256", "captions_sha256", "manifest_sha256")
+    return changed + [f"{key}: other than now" for key in whole if there.get(key) != now.get(key)]
 
 
 @contextmanager

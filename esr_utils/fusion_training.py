@@ -1,0 +1,120 @@
+"""FS-CLAP's training (section 4.2), and its baselines': clips and their captions; `fitting` has the loop."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from lhotse.cut import Cut
+
+from esr_utils import batches, captions, embedding, provenance, runs
+from esr_utils.config import SAMPLE_RATE, ConfigError, FusionConfig, FusionTrainConfig
+from esr_utils.fitting import Fitting
+from esr_utils.fusion import FusionRetriever
+from esr_utils.fusion_objective import FusionObjective
+from esr_utils.manifests import to_cuts
+from esr_utils.objective import Values
+
+
+def fit(
+    manifest: pd.DataFrame,
+    captioned: pd.DataFrame,
+    run: str | Path,
+    model_config: FusionConfig | None = None,
+    config: FusionTrainConfig | None = None,
+    device: str = "auto",
+    cache: Path = embedding.CACHE,
+) -> FusionRetriever:
+    """Trains on the manifest's train split, chooses on its val split, and returns the best retriever.
+
+    As `training.fit`: the run folder, going on where a run was, what "best" is. In each epoch a clip is seen once, with
+    one of its captions, drawn anew.
+
+    Args:
+        manifest: rows of `manifests.load_corpora`, with their `root`.
+        captioned: rows of `captions.attribute_captions` or `captions.of_manifest`; those of clips in neither split, and
+            held-out ones, are not used.
+        run: name or path of the run folder.
+
+    Raises:
+        provenance.RunExists: the folder holds a run with other settings, or another process trains it.
+        ConfigError: settings that do not go together or name what is not there.
+        ValueError: no usable training clip with a caption, or no such device.
+        FloatingPointError: a loss is no longer a number.
+    """
+    model_config, config = model_config or FusionConfig(), config or FusionTrainConfig()
+    if config.teacher:
+        config = config.but(teacher=str(runs.run_folder(config.teacher)))
+    folder, place = runs.run_folder(run), runs.pick_device(device)
+    used = captioned[captioned["grammar"] == captions.SEEN]
+    provenance.begin(manifest, folder, model_config, config, used)
+    _Trainer(manifest, used, folder, model_config, config, device, cache).run()
+    return FusionRetriever.load(folder / "best", place)
+
+
+class _Trainer(Fitting):
+    def __init__(self, manifest, captioned, folder: Path, model_config, config: FusionTrainConfig, device, cache):
+        super().__init__(folder, config, device)
+        model = FusionRetriever.build(model_config).to(self.device)
+        model.speech.set_trainable(config.finetune == "full")
+        if config.crop_s * SAMPLE_RATE > model.speech.max_samples:
+            longest = model.speech.max_samples / SAMPLE_RATE
+            raise ConfigError(f"crop_s is {config.crop_s:g}; {model_config.speech_backbone} takes at most {longest:g} s")
+        teacher = FusionRetriever.load(runs.run_folder(config.teacher) / "best", self.device) if config.teacher else None
+        self.captions = dict(iter(captioned.groupby("utterance_id")))
+        self.clips = {split: self._clips(model, manifest, split, cache) for split in ("train", "val")}
+        self.objective = FusionObjective(model, config, teacher).to(self.device)
+        heads = [p for name, p in self.objective.named_parameters() if p.requires_grad and ".speech." not in name]
+        backbone = [p for p in model.speech.parameters() if p.requires_grad]
+        groups = [{"params": heads, "peak": config.learning_rate}]
+        groups += [{"params": backbone, "peak": config.backbone_learning_rate}] if backbone else []
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
+
+    def _clips(self, model, manifest, split: str, cache: Path) -> embedding.FrozenClips | batches.WaveformClips:
+        rows = manifest[manifest["split"] == split]
+        described = rows["utterance_id"].isin(self.captions)
+        self.skipped |= dict.fromkeys(rows.loc[~described, "utterance_id"], "no caption")
+        cuts = to_cuts(rows[described])
+        if self.config.finetune == "full":
+            workers = min(4, os.cpu_count() or 1) if model.device.type == "cuda" else 0
+            return batches.WaveformClips(cuts, self.config.batch_size, self.config.crop_s, self.config.level, workers)
+        cuts = batches.pieces(cuts, self.config.crop_s, self.config.crop_s)
+        kept = embedding.frozen_frames(model, cuts, self.config.level, cache)
+        self.skipped |= dict(kept.skipped.itertuples(index=False, name=None))
+        if split == "train" and kept.frames:
+            model.speech_head.fit(kept.frames)
+        return embedding.FrozenClips(kept, cuts, self.config.batch_size)
+
+    def _batches(self, split: str, rng: np.random.Generator, limit: int | None = None) -> Iterator[tuple]:
+        """(batch with `relevant`, captions) of a split in an order drawn from rng."""
+        plan, together = self.clips[split].plan(rng), self.config.accumulation_steps
+        if split == "train":
+            self.steps_an_epoch = math.ceil(len(plan) / together)
+        plan = plan if limit is None else plan[: limit * together]
+        drawn = {batches.utterance_id(cut): self._caption(cut, rng) for cuts in plan for cut in cuts}
+        for number, batch in enumerate(self.clips[split].load(plan), 1):
+            self.skipped |= dict(batch["skipped"])
+            self.step_is_whole = number % together == 0 or number == len(plan)
+            if batch["utterance_id"]:
+                rows = pd.DataFrame([drawn[utterance] for utterance in batch["utterance_id"]])
+                true_of = captions.relevance(rows, rows)  # (captions, clips)
+                yield batch | {"relevant": torch.from_numpy(true_of.T.copy())}, rows["caption"].tolist()
+
+    def _caption(self, cut: Cut, rng: np.random.Generator) -> pd.Series:
+        of_clip = self.captions[batches.utterance_id(cut)]
+        return of_clip.iloc[rng.integers(len(of_clip))]
+
+    def _step(self, batch: dict, texts: list[str], stage: str) -> Values:
+        """One batch; the optimiser steps when the gradients of all batches of a step are there."""
+        values = self.objective.backward(batch, texts, stage)
+        if self.step_is_whole:
+            rate = self.config.rate(self.progress.step, self.steps_an_epoch)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate * group["peak"]
+            self._update(values)
+        return values
