@@ -15,11 +15,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModel, AutoModelForTextEncoding, AutoTokenizer
+from transformers import AutoModel, AutoModelForTextEncoding, AutoTokenizer, ClapModel
 
 from esr_utils import weights
 
-_CLS = ("bert", "roberta", "xlm-roberta")  # model types whose first token stands for the text (ESR section III-B)
+_CLS = (
+    "bert",
+    "roberta",
+    "xlm-roberta",
+    "clap",
+)  # model types whose first token stands for the text (ESR section III-B)
 _ENCODER_DECODER = ("t5", "mt5", "umt5")  # of which the encoder alone is used
 _BATCH = 256
 _KEPT_BYTES = 2**28  # of vectors, and as much of sequences: 170,000 and 17,000 captions with MiniLM
@@ -78,7 +83,7 @@ class TextBackbone(nn.Module):
         self.pooling = pooling
         self.dim = model.config.hidden_size
         # A tokenizer that states no limit has a huge one; RoBERTa's table of positions has two rows that no token uses.
-        unused = 2 if "roberta" in model.config.model_type else 0
+        unused = 2 if any(kind in model.config.model_type for kind in ("roberta", "clap")) else 0
         positions = getattr(model.config, "max_position_embeddings", 512) - unused
         self.max_tokens = min(tokenizer.model_max_length, positions)
         self._vectors, self._sequences = _Kept(), _Kept()
@@ -155,12 +160,19 @@ def _pooling_of(folder: Path, model_type: str) -> str:
     return "cls" if model_type in _CLS else "mean"
 
 
+def _clap_text(folder: Path) -> nn.Module:
+    """The text side of a CLAP: a RoBERTa. Its pooler is left out, as of the others."""
+    model = weights.load_pretrained(ClapModel, folder).text_model
+    model.pooler = None
+    return model
+
+
 def load_text_backbone(name: str) -> TextBackbone:
     """A frozen text backbone on the CPU.
 
     Args:
-        name: `minilm` (the default), `bert`, `roberta`, `t5` or `flan-t5` (whose encoder is used), or the hub id or
-            folder of such a model, or of another encoder that transformers' AutoModel loads.
+        name: `minilm` (the default), `bert`, `roberta`, `t5` or `flan-t5` (whose encoder is used), `clap` (whose text
+            side is), or the hub id or folder of such a model, or of another encoder that transformers' AutoModel loads.
 
     Raises:
         weights.WeightsError: not found or damaged.
@@ -176,4 +188,6 @@ def load_text_backbone(name: str) -> TextBackbone:
     with weights.quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(folder)
     load = partial(weights.load_pretrained, kind, folder, **options)
+    if model_type == "clap":
+        load = partial(_clap_text, folder)
     return TextBackbone(load, tokenizer, _pooling_of(folder, model_type))

@@ -70,6 +70,7 @@ HUB = {
     "roberta": ("FacebookAI/roberta-base", _TEXT),
     "t5": ("google-t5/t5-base", _TEXT),
     "flan-t5": ("google/flan-t5-base", _TEXT),
+    "clap": ("laion/clap-htsat-unfused", f"{_TEXT}, preprocessor_config.json"),  # both sides of one model
 }
 
 

@@ -110,10 +110,10 @@ def tiny_whisper(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def tiny_speech(tmp_path_factory: pytest.TempPathFactory, tiny_whisper: str) -> Callable[[str], str]:
-    """From a kind of speech backbone to a folder with a random one: a few layers, 50 frames a second.
+    """From a kind of speech backbone to a folder with a random one: a few layers, 50 frames a second (clap: 12.8).
 
     Kinds: wavlm, hubert, wav2vec2 (as the base models: group norm), their names with "-large" (layer norm, norm first,
-    waveform normalised), emotion2vec, whisper.
+    waveform normalised), emotion2vec, whisper, clap.
     """
     root = tmp_path_factory.mktemp("speech")
 
@@ -124,6 +124,8 @@ def tiny_speech(tmp_path_factory: pytest.TempPathFactory, tiny_whisper: str) -> 
         if kind == "emotion2vec":
             config = tiny_models.emotion2vec_config(**tiny_models.TINY_EMOTION2VEC)
             return tiny_models.write_emotion2vec(root / kind, config, tiny_models.emotion2vec_model(config))
+        if kind == "clap":
+            return tiny_models.write_clap(root / kind, ["An angry voice.", "Speech that is calm."])
         family, _, large = kind.partition("-")
         return tiny_models.write_wav2vec2(root / kind, family, **(tiny_models.LARGE if large else tiny_models.BASE))
 

@@ -29,7 +29,7 @@ def load_speech_backbone(name: str) -> SpeechBackbone:
 
     Args:
         name: `whisper-tiny` (the default; English-only weights), `logmel`, another short name of `weights.HUB`, or the
-            hub id or folder of a WavLM, HuBERT, wav2vec 2.0, Whisper or emotion2vec model.
+            hub id or folder of a WavLM, HuBERT, wav2vec 2.0, Whisper, emotion2vec or CLAP model.
 
     Raises:
         weights.WeightsError: not found, damaged, or a kind that is not supported.
@@ -55,5 +55,9 @@ def _load(folder: Path) -> SpeechBackbone:
         from esr_utils.speech.wavlm import load_wav2vec2
 
         return load_wav2vec2(folder, kind)
-    known = "wavlm, hubert, wav2vec2, whisper, emotion2vec, logmel"
+    if kind == "clap":
+        from esr_utils.speech.clap import load_clap
+
+        return load_clap(folder)
+    known = "wavlm, hubert, wav2vec2, whisper, emotion2vec, clap, logmel"
     raise weights.WeightsError(f"{folder} holds a {kind!r} model; speech backbones here are: {known}")
