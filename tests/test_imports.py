@@ -16,7 +16,10 @@ LAYERS = {
         "config", "runs", "weights", "styles", "wording", "prompts", "metrics", "intervals", "losses", "audio_files",
         "manifest_schema", "modality", "tables", "paper", "processes", "matching", "codebook",
     ),
-    "data": ("manifests", "corpora", "provenance", "batches", "acoustics", "trials", "scoring", "controls"),
+    "data": (
+        "manifests", "corpora", "provenance", "batches", "acoustics", "trials", "scoring", "captioned", "controls",
+        "embeddings_file",
+    ),
     "models": ("speech", "text", "chat", "retriever", "embedding"),
     "top": (
         "objective", "checkpoints", "training", "evaluation", "comparison", "ablations", "spaces", "index",
