@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from esr_utils import paper, provenance, runs, training, trials
+from esr_utils import checkpoints, paper, provenance, runs, training, trials
 from esr_utils.comparison import Entry
 from esr_utils.config import ABLATIONS, ModelConfig, TrainConfig
-
-
-def slug(variant: str) -> str:
-    """A variant's name as a folder's: "w/o pre-training" is "without-pre-training"."""
-    return re.sub(r"[^a-z0-9-]+", "-", variant.lower().replace("w/o", "without"))
 
 
 def train_all(
@@ -42,7 +36,7 @@ def train_all(
         raise ValueError(f"seeds is {seeds}; at least one must be trained")
     found: dict[str, list[Path]] = {}
     for variant, changes in ABLATIONS.items():
-        found[variant] = [runs.run_folder(run) / slug(variant) / f"seed{seed}" for seed in range(seeds)]
+        found[variant] = [runs.run_folder(run) / runs.slug(variant) / f"seed{seed}" for seed in range(seeds)]
         for seed, folder in enumerate(found[variant]):
             _train(manifest, folder, model_config, config.but(**changes, seed=seed), device)
     return found
@@ -61,7 +55,7 @@ def counterpart(run: str | Path, variant: str, data_root: str = "", device: str 
     changed = config.but(**ABLATIONS[variant])
     if changed == config:
         raise ValueError(f"{run} is itself a run {variant}: there is nothing to compare it with")
-    counterpart = folder.with_name(f"{folder.name}-{slug(variant)}")
+    counterpart = folder.with_name(f"{folder.name}-{runs.slug(variant)}")
     provenance.begin(manifest, counterpart, model_config, changed)
     if runs.read_json(counterpart / "config.json")["manifest_sha256"] != settings["manifest_sha256"]:
         raise ValueError(f"the clips of {'+'.join(settings['corpora'])} are not those that {run} was trained on")
@@ -72,8 +66,7 @@ def counterpart(run: str | Path, variant: str, data_root: str = "", device: str 
 def _train(manifest: pd.DataFrame, folder: Path, model_config: ModelConfig, config: TrainConfig, device: str) -> None:
     """`training.fit`, which even of a finished run loads the backbones and embeds all prompts, only where needed."""
     provenance.begin(manifest, folder, model_config, config)
-    state = folder / "resume.json"
-    if not (state.is_file() and runs.read_json(state)["finished"]):
+    if not checkpoints.finished(folder):
         training.fit(manifest, folder, model_config, config, device)
 
 

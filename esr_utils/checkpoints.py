@@ -43,6 +43,11 @@ def write(folder: Path, progress: Progress, model: nn.Module, optimizer: torch.o
         older.unlink()
 
 
+def finished(folder: Path) -> bool:
+    """Whether the run in this folder is over."""
+    return (folder / "resume.json").is_file() and runs.read_json(folder / "resume.json")["finished"]
+
+
 def read(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
     """Puts the state of the last whole epoch back; a fresh Progress where there is none.
 

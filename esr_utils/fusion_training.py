@@ -48,13 +48,20 @@ def fit(
         FloatingPointError: a loss is no longer a number.
     """
     model_config, config = model_config or FusionConfig(), config or FusionTrainConfig()
-    if config.teacher:
-        config = config.but(teacher=str(runs.run_folder(config.teacher)))
     folder, place = runs.run_folder(run), runs.pick_device(device)
-    used = captioned[captioned["grammar"] == captions.SEEN]
-    provenance.begin(manifest, folder, model_config, config, used)
+    used = begin(manifest, captioned, folder, model_config, config)
     _Trainer(manifest, used, folder, model_config, config, device, cache).run()
     return FusionRetriever.load(folder / "best", place)
+
+
+def begin(
+    manifest: pd.DataFrame, captioned: pd.DataFrame, folder: Path, model_config: FusionConfig, config: FusionTrainConfig
+) -> pd.DataFrame:
+    """`provenance.begin`, and which captions are used: not the held-out ones, and none of the test split."""
+    learned = manifest.loc[manifest["split"].isin(("train", "val")), "utterance_id"]
+    used = captioned[(captioned["grammar"] == captions.SEEN) & captioned["utterance_id"].isin(learned)]
+    provenance.begin(manifest, folder, model_config, config, used)
+    return used
 
 
 class _Trainer(Fitting):

@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import random
+import re
 import tempfile
 from contextlib import contextmanager
 from importlib import metadata
@@ -36,6 +37,11 @@ def run_folder(run: str | Path) -> Path:
     if str(run) in ("", ".", ".."):
         raise ValueError(f"run is {str(run)!r}; it must be the name or path of a folder of its own")
     return path.resolve() if path.is_absolute() or "/" in str(run) or len(path.parts) > 1 else RUNS / path
+
+
+def slug(name: str) -> str:
+    """A name of anything as a folder's: "w/o pre-training" is "without-pre-training"."""
+    return re.sub(r"[^a-z0-9-]+", "-", name.lower().replace("w/o", "without"))
 
 
 @contextmanager

@@ -16,11 +16,14 @@ LAYERS = {
         "config", "runs", "weights", "styles", "wording", "prompts", "metrics", "intervals", "losses", "audio_files",
         "manifest_schema", "modality", "tables", "paper", "processes", "matching", "codebook",
     ),
-    "data": ("manifests", "corpora", "provenance", "batches", "acoustics", "trials", "scoring", "controls"),
+    "data": (
+        "manifests", "corpora", "provenance", "batches", "acoustics", "trials", "scoring", "captioned", "controls",
+        "embeddings_file",
+    ),
     "models": ("speech", "text", "chat", "retriever", "fusion", "embedding"),
     "top": (
         "objective", "checkpoints", "fitting", "training", "evaluation", "comparison", "ablations", "spaces", "index",
-        "generation", "plots",
+        "generation", "plots", "fusion_objective", "fusion_training", "fusion_systems",
     ),
 }  # fmt: skip
 LAYER = {module: i for i, modules in enumerate(LAYERS.values()) for module in modules}

@@ -1,0 +1,94 @@
+"""FS-CLAP, its ablations and its baselines, trained here under one setting (Tables 1 to 3); each is a run folder.
+
+What is compared is the recipe: all have the same backbones, tokens, captions, schedule and seeds. So "CLAP" is CLAP's
+recipe, a dual encoder under InfoNCE, not the weights of that name; those enter the tables through an embeddings file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+from esr_utils import checkpoints, embedding, fusion_training, runs
+from esr_utils.config import FusionConfig, FusionTrainConfig
+
+
+@dataclass(frozen=True)
+class System:
+    """What makes a system of the common settings.
+
+    Attributes:
+        teacher: the system, trained before with the same seed, whose similarities it learns from.
+    """
+
+    model: dict = field(default_factory=dict)
+    training: dict = field(default_factory=dict)
+    teacher: str = ""
+
+
+_DUAL = {"fusion": False, "separation": False}
+_HARD = {"objective": "hard-negative", "regulariser_weight": 1.0}
+_PLAIN = {"objective": "infonce", "regulariser_weight": 0.0}
+SYSTEMS = {
+    "CLAP": System(_DUAL, _PLAIN),
+    "RA-CLAP": System(_DUAL, _PLAIN, teacher="CLAP"),
+    "MGA-CLAP": System(_DUAL | {"codebook": 512}, _PLAIN | {"objective": "hard-negative-mga-clap"}),
+    "FU": System({"fusion": True, "separation": False}, _PLAIN),
+    "SE": System({"fusion": False, "separation": True}, _PLAIN),
+    "HN": System(_DUAL, _HARD),
+    "FU + SE": System({"fusion": True, "separation": True}, _PLAIN),
+    "FS-CLAP": System({"fusion": True, "separation": True}, _HARD),
+}
+TABLE_THREE = ("CLAP", "FU", "SE", "HN", "FU + SE", "FS-CLAP")  # rows of Table 3, in the paper's order
+
+
+def train_all(
+    manifest: pd.DataFrame,
+    captioned: pd.DataFrame,
+    run: str | Path,
+    model_config: FusionConfig,
+    config: FusionTrainConfig,
+    seeds: int = 1,
+    systems: tuple[str, ...] = tuple(SYSTEMS),
+    device: str = "auto",
+    cache: Path = embedding.CACHE,
+) -> dict[str, list[Path]]:
+    """Trains systems with seeds 0 … seeds - 1: system -> its run folders, `<run>/<system>/seed<k>`.
+
+    Those that are finished are taken as they are, one that was stopped goes on. A teacher is trained where it is not
+    there, asked for or not.
+
+    Args:
+        model_config, config: what all have in common; its seed is not used.
+
+    Raises:
+        ValueError: no such system, or seeds is below 1.
+        provenance.RunExists: a folder holds a run with other settings.
+    """
+    if unknown := [name for name in systems if name not in SYSTEMS]:
+        raise ValueError(f"no system {', '.join(unknown)}; there are {', '.join(SYSTEMS)}")
+    if seeds < 1:
+        raise ValueError(f"seeds is {seeds}; at least one must be trained")
+    teachers = [SYSTEMS[name].teacher for name in systems if SYSTEMS[name].teacher]
+    for name in sorted({*systems, *teachers}, key=list(SYSTEMS).index):
+        system = SYSTEMS[name]
+        for seed in range(seeds):
+            teacher = str(folder_of(run, system.teacher, seed)) if system.teacher else ""
+            settings = config.but(**system.training, teacher=teacher, seed=seed)
+            folder = folder_of(run, name, seed)
+            _train(manifest, captioned, folder, model_config.but(**system.model), settings, device, cache)
+    return {name: [folder_of(run, name, seed) for seed in range(seeds)] for name in systems}
+
+
+def folder_of(run: str | Path, system: str, seed: int) -> Path:
+    """The run folder of a system and seed."""
+    return runs.run_folder(run) / runs.slug(system) / f"seed{seed}"
+
+
+def _train(manifest, captioned, folder: Path, model_config, config, device: str, cache: Path) -> None:
+    """`fusion_training.fit`, which even of a finished run loads the backbones, only where needed."""
+    fusion_training.begin(manifest, captioned, folder, model_config, config)
+    if not checkpoints.finished(folder):
+        fusion_training.fit(manifest, captioned, folder, model_config, config, device, cache)
