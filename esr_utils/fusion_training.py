@@ -71,8 +71,12 @@ class _Trainer(Fitting):
         model.speech.set_trainable(config.finetune == "full")
         if config.crop_s * SAMPLE_RATE > model.speech.max_samples:
             longest = model.speech.max_samples / SAMPLE_RATE
-            raise ConfigError(f"crop_s is {config.crop_s:g}; {model_config.speech_backbone} takes at most {longest:g} s")
-        teacher = FusionRetriever.load(runs.run_folder(config.teacher) / "best", self.device) if config.teacher else None
+            raise ConfigError(
+                f"crop_s is {config.crop_s:g}; {model_config.speech_backbone} takes at most {longest:g} s"
+            )
+        teacher = (
+            FusionRetriever.load(runs.run_folder(config.teacher) / "best", self.device) if config.teacher else None
+        )
         self.captions = dict(iter(captioned.groupby("utterance_id")))
         self.clips = {split: self._clips(model, manifest, split, cache) for split in ("train", "val")}
         self.objective = FusionObjective(model, config, teacher).to(self.device)

@@ -17,7 +17,6 @@ from esr_utils.corpora import DEMO_FOLDER, reading
 from esr_utils.manifests import load_corpora, read_manifest, with_root
 from esr_utils.prompts import PROMPTS_PATH, PromptBank
 
-
 # What a run trains, by the kind in its config.json: its model's settings and its training's.
 KINDS = {"style": (ModelConfig, TrainConfig), "fusion": (FusionConfig, FusionTrainConfig)}
 

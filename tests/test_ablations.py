@@ -38,8 +38,8 @@ def folder(tmp_path_factory):
 
 
 def test_names_as_folders():
-    assert ablations.slug("w/o pre-training") == "without-pre-training"
-    assert len({ablations.slug(variant) for variant in ABLATIONS}) == len(ABLATIONS)
+    assert runs.slug("w/o pre-training") == "without-pre-training"
+    assert len({runs.slug(variant) for variant in ABLATIONS}) == len(ABLATIONS)
 
 
 def test_every_variant_and_seed_is_trained_once(manifest, tiny_config, folder, monkeypatch):

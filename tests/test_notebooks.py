@@ -9,7 +9,7 @@ import pytest
 from papermill import execute_notebook
 from papermill.exceptions import PapermillExecutionError
 
-from esr_utils import ablations, evaluation, manifests, runs, training
+from esr_utils import evaluation, manifests, runs, training
 from esr_utils.config import ABLATIONS, TrainConfig
 
 NOTEBOOKS = sorted((runs.PROJECT / "notebooks").glob("*.ipynb"))
@@ -103,7 +103,7 @@ def test_ablations_notebook_trains_every_variant_and_compares_them(folder, data_
         "05_ablations", folder, corpora="mini", data_root=str(data_root), run=str(run), backbone=tiny_text,
         speech_backbone=tiny_whisper, max_steps=3,
     )  # fmt: skip
-    assert {path.name for path in run.iterdir()} - {"tables"} == {ablations.slug(variant) for variant in ABLATIONS}
+    assert {path.name for path in run.iterdir()} - {"tables"} == {runs.slug(variant) for variant in ABLATIONS}
     assert exported(run / "tables", "table_three", "table_three_differences")
     rows = pd.read_csv(run / "tables" / "table_three.csv")
     assert rows["model"].tolist()[: len(ABLATIONS)] == list(ABLATIONS)
