@@ -1,11 +1,11 @@
-"""The published numbers, digit by digit: Tables II and III of Kang & Roy (ESR, ASRU 2025), and Tables 1 to 3 of FS-CLAP.
+"""The published numbers, digit by digit: Tables II and III of Kang & Roy (ESR, ASRU 2025), Tables 1 to 3 of FS-CLAP.
 
-ESR: Recall@k of 1-in-401 trials, means over the styles of the ESD and Expresso test sets. The published test set of Expresso
-holds 7 of its 19 styles (every figure is a whole number of 7000 trials), so its numbers compare with the corpus
-`expresso-paper` here, not with `expresso`.
+ESR: Recall@k of 1-in-401 trials, means over the styles of the ESD and Expresso test sets. The published test set of
+Expresso holds 7 of its 19 styles (every figure is a whole number of 7000 trials), so its numbers compare with the
+corpus `expresso-paper` here, not with `expresso`.
 
-FS-CLAP: fractions of its test sets, of which every figure fits n = 199 (TextrolSpeech) and n = 526 (Zhvoice): at n = 199
-a share of 0.286 has a 95 % interval of +- 0.063. How pairs were fused at test time it does not say (`protocols`).
+FS-CLAP: fractions of its test sets, of which every figure fits n = 199 (TextrolSpeech) and n = 526 (Zhvoice): at n =
+199 a share of 0.286 has a 95 % interval of +- 0.063. How pairs were fused at test time it does not say (`protocols`).
 """
 
 from __future__ import annotations
