@@ -1,0 +1,329 @@
+"""Captioned retrieval of systems side by side: Tables 1 to 3 of FS-CLAP, with the protocol that each row is of.
+
+A row is a system, a protocol and a corpus; runs of a system that differ by seed alone are one row, their mean, and its
+interval covers other seeds too. All rows of a corpus are scored on the same clips, captions and bootstrap replicates,
+and compared by paired differences. What each number means stands in `captioned`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from esr_utils import batches, embedding, intervals, modality, paper, protocols, runs
+from esr_utils.captioned import DIRECTIONS, KS, MAP_K, Captions, CaptionScorer, Found
+from esr_utils.captions import Captioned, relevance
+from esr_utils.embeddings_file import PROTOCOL, SYSTEMS, EmbeddingsFile, what_to_run
+from esr_utils.fusion import FusionRetriever
+from esr_utils.manifests import to_cuts
+from esr_utils.tables import Cell
+
+MAP = f"map@{MAP_K}"
+_COLUMNS = {f"r@{k}": f"R@{k}" for k in KS} | {MAP: f"mAP@{MAP_K}"}
+
+
+@dataclass(frozen=True)
+class CaptionedSet:
+    """A corpus's clips and captions, on which all systems are scored.
+
+    Attributes:
+        clips: rows of the manifest, each with a caption, sorted by utterance_id.
+        captions: their distinct texts, and what each is right for.
+        own: (N,) the first caption that was written for each clip: what `matched` fuses it with.
+    """
+
+    corpus: str
+    clips: pd.DataFrame
+    captions: Captions
+    own: np.ndarray
+    scorer: CaptionScorer
+
+
+def captioned_sets(
+    manifest: pd.DataFrame, captioned: Captioned, split: str = "test", grammar: str = "seen", seed: int = 0
+) -> list[CaptionedSet]:
+    """The test set of each corpus of a manifest.
+
+    Args:
+        grammar: seen or held_out: which attribute captions; a corpus's own captions are taken either way.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: no clip of the split has such a caption.
+    """
+    told = captioned.table[captioned.table["grammar"].isin((grammar, "free"))]
+    rows = manifest[(manifest["split"] == split) & manifest["utterance_id"].isin(told["utterance_id"])]
+    if rows.empty:
+        raise ValueError(f"no clip of split {split!r} has a caption of grammar {grammar!r}")
+    found = []
+    for corpus, clips in rows.groupby("corpus", sort=False):
+        clips = clips.sort_values("utterance_id").reset_index(drop=True)
+        captions = _captions(clips, told, captioned.clips)
+        own = captions.written_for.argmax(axis=0)
+        scorer = CaptionScorer(captions.relevant, clips["speaker"], seed, captions.written_for)
+        found.append(CaptionedSet(str(corpus), clips, captions, own, scorer))
+    return found
+
+
+def _captions(clips: pd.DataFrame, told: pd.DataFrame, attributes: pd.DataFrame) -> Captions:
+    """Each text once: right for the clips that agree on what it names (`captions.relevance`)."""
+    told = told[told["utterance_id"].isin(clips["utterance_id"])]
+    texts = sorted(set(told["caption"]))
+    column = pd.Series(np.arange(len(clips)), index=clips["utterance_id"])
+    written_for = np.zeros((len(texts), len(clips)), dtype=bool)
+    row = pd.Series(np.arange(len(texts)), index=texts)
+    written_for[told["caption"].map(row), told["utterance_id"].map(column)] = True
+    of_clip = attributes.set_index("utterance_id").loc[clips["utterance_id"]].reset_index()
+    right = np.zeros_like(written_for)
+    np.logical_or.at(right, told["caption"].map(row).to_numpy(), relevance(told, of_clip))
+    return Captions(texts, right | written_for, written_for)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A system's result on one corpus by one protocol.
+
+    Attributes:
+        found: one for each seed.
+        fusions: pairs fused to score the set both ways.
+        seconds: that it took, mean over the seeds, without the speech backbone.
+        ceiling: of a rerank, by direction: the share of queries whose shortlist holds a right item, mean over the seeds.
+        gap: modality gap of the vectors made alone, mean over the seeds; None where there are none.
+    """
+
+    corpus: str
+    system: str
+    protocol: str
+    found: tuple[Found, ...]
+    fusions: int = 0
+    seconds: float = 0.0
+    ceiling: Mapping[str, float] | None = None
+    gap: float | None = None
+
+    def cell(self, direction: str, metric: str) -> Cell:
+        name = f"{direction}/{metric}"
+        drawn = np.stack([one.replicates[name] for one in self.found])
+        value = float(np.mean([one.values[name] for one in self.found]))
+        replicates = np.einsum("rs,sr->r", intervals.seed_weights(*drawn.shape), drawn)
+        return Cell(value, tuple(intervals.interval(replicates, value)), digits=3)
+
+
+def evaluate(
+    systems: Mapping[str, Sequence[str | Path]],
+    tests: Sequence[CaptionedSet],
+    asked: Sequence[str] = ("bi-encoder", "masked", "rerank"),
+    k: int = 50,
+    device: str = "auto",
+    cache: Path = embedding.CACHE,
+) -> list[Row]:
+    """Scores systems (label -> run folders, one for each seed) on every set by every protocol.
+
+    A model without fusion has one way to be scored, and gets the row `bi-encoder` alone, and `matched`, which is the
+    same for it. A clip past 30 s is the sequence of its windows' frames.
+
+    Args:
+        asked: of `protocols.HONEST`, and `matched`, whose rows no table but `leak_table` takes.
+        k: of the rerank.
+    """
+    rows = []
+    for system, folders in systems.items():
+        made: dict[tuple[str, str], list[tuple]] = {}
+        for folder in folders:
+            model = FusionRetriever.load(runs.run_folder(folder) / "best", runs.pick_device(device))
+            level = runs.read_json(runs.run_folder(folder) / "config.json")["training"]["level"]
+            for test in tests:
+                frames, texts = clip_frames(model, test.clips, level, cache), test.captions.texts
+                gap = modality.gap(_unit(model, frames, "speech"), _unit(model, texts, "text"))
+                for protocol in asked:
+                    if model.config.fusion or protocol in ("bi-encoder", "matched"):
+                        made.setdefault((test.corpus, protocol), []).append(
+                            (*_scored(model, frames, test, protocol, k), gap)
+                        )
+        for (corpus, protocol), results in made.items():
+            found, fusions, seconds, ceilings, gaps = zip(*results, strict=True)
+            ceiling = {d: float(np.mean([one[d] for one in ceilings])) for d in ceilings[0]} or None
+            mean_seconds, gap = float(np.mean(seconds)), float(np.mean(gaps))
+            rows.append(Row(corpus, system, protocol, found, fusions[0], mean_seconds, ceiling, gap))
+    return rows
+
+
+def from_file(file: EmbeddingsFile, tests: Sequence[CaptionedSet]) -> list[Row]:
+    """The rows of a system that lives elsewhere, by the vectors that it made of these clips and captions.
+
+    Raises:
+        EmbeddingsFileError: a clip or caption is not in the file.
+    """
+    scores = {test.corpus: file.scores(test.captions.texts, test.clips["utterance_id"].tolist()) for test in tests}
+    return [Row(test.corpus, file.system, PROTOCOL, (test.scorer.retrieval(scores[test.corpus]),)) for test in tests]
+
+
+def clip_frames(model: FusionRetriever, clips: pd.DataFrame, level: str, cache: Path) -> list[Tensor]:
+    """The frames of each clip, (L, T, D) fp16: of one past 30 s, those of its windows one after another.
+
+    Raises:
+        ValueError: a clip cannot be used; it names those, and the reasons.
+    """
+    parts = batches.pieces(to_cuts(clips))
+    owner = {cut.id: batches.utterance_id(cut) for cut in parts}
+    kept = embedding.frozen_frames(model, parts, level, cache)
+    if len(kept.skipped):
+        named = "; ".join(f"{name}: {reason}" for name, reason in kept.skipped.head(5).itertuples(index=False))
+        raise ValueError(f"{len(kept.skipped)} clips cannot be used ({named}): leave them out of the manifest")
+    windows: dict[str, list[Tensor]] = {}
+    for cut_id, frames in zip(kept.cut_ids, kept.frames, strict=True):
+        windows.setdefault(owner[cut_id], []).append(frames)
+    return [torch.cat(windows[name], dim=1) for name in clips["utterance_id"]]
+
+
+def _scored(
+    model: FusionRetriever, frames: list[Tensor], test: CaptionedSet, protocol: str, k: int
+) -> tuple[Found, int, float, dict[str, float]]:
+    """What is found, by how many fusions and seconds, and the ceiling of a rerank."""
+    if protocol in protocols.LEAKY:
+        own = [test.captions.texts[i] for i in test.own]
+        scored = protocols.score(model, frames, own, protocol)
+        right = test.captions.relevant[test.own]
+        scorer = CaptionScorer(right, test.clips["speaker"], test.scorer.seed, np.eye(len(own), dtype=bool) & right)
+        return scorer.retrieval(scored.matrix), scored.fusions, scored.seconds, {}
+    texts = test.captions.texts
+    ways = {"t2a": protocols.score(model, frames, texts, protocol, k, "t2a")}
+    ways["a2t"] = protocols.score(model, frames, texts, protocol, k, "a2t") if protocol == "rerank" else ways["t2a"]
+    used = {id(way): way for way in ways.values()}.values()
+    found = test.scorer.retrieval(ways["t2a"].matrix, ways["a2t"].matrix)
+    ceiling = {}
+    if protocol == "rerank":
+        values = test.scorer.ceiling(ways["t2a"].matrix, k, ways["a2t"].matrix)
+        ceiling = {direction: values[f"{direction}/ceiling@{k}"] for direction in DIRECTIONS}
+    return found, sum(way.fusions for way in used), sum(way.seconds for way in used), ceiling
+
+
+@torch.no_grad()
+def _unit(model: FusionRetriever, items: list, modality_: str) -> np.ndarray:
+    """(N, d) unit vectors of frames or sentences, made alone."""
+    encode = (
+        model.encode_text if modality_ == "text" else lambda part: model.encode_speech(embedding.padded_frames(part))
+    )
+    parts = [encode(items[start : start + 128]).float().cpu() for start in range(0, len(items), 128)]
+    return torch.cat(parts).numpy()
+
+
+def results(rows: Sequence[Row]) -> dict:
+    """Flat results (`captioned`) of rows of one system and one seed each."""
+    return {key: value for row in rows for key, value in row.found[0].results(row.corpus, row.protocol).items()}
+
+
+def recall_table(rows: Sequence[Row], columns: Sequence[tuple[str, str]] | None = None) -> pd.DataFrame:
+    """The form of Tables 1 and 2: a row per corpus, system and protocol, and the paper's own, marked as the paper's.
+
+    Args:
+        columns: (direction, metric) each; by default Table 1's, R@1, 5, 10 audio to text, then text to audio.
+
+    Raises:
+        ValueError: a row's protocol is leaky.
+    """
+    columns = columns or [(direction, f"r@{k}") for direction in DIRECTIONS for k in KS]
+    for row in rows:
+        protocols.refuse_leaky(row.protocol)
+    return _table(rows, columns)
+
+
+def _table(rows: Sequence[Row], columns: Sequence[tuple[str, str]]) -> pd.DataFrame:
+    index = pd.MultiIndex.from_tuples(
+        [(row.corpus, row.system, row.protocol) for row in rows], names=["corpus", "system", "protocol"]
+    )
+    names = [f"{direction} {_COLUMNS[metric]}" for direction, metric in columns]
+    return pd.DataFrame([[row.cell(*column) for column in columns] for row in rows], index, names)
+
+
+def table_one(rows: Sequence[Row]) -> pd.DataFrame:
+    """Table 1: Recall@k, both ways; the systems that live elsewhere say what to run where their file is not there."""
+    return _with_others(recall_table(rows), rows, 1)
+
+
+def table_two(rows: Sequence[Row]) -> pd.DataFrame:
+    """Table 2: mAP@10, both ways."""
+    return _with_others(recall_table(rows, [(direction, MAP) for direction in DIRECTIONS]), rows, 2)
+
+
+def table_three(rows: Sequence[Row], ablations: Sequence[str]) -> pd.DataFrame:
+    """Table 3: mAP@10 and R@1 of the systems that are the full model without a part.
+
+    Args:
+        ablations: their labels (`fusion_systems.TABLE_THREE`).
+    """
+    columns = [(direction, metric) for direction in DIRECTIONS for metric in (MAP, "r@1")]
+    return _with_others(recall_table([row for row in rows if row.system in ablations], columns), (), 3)
+
+
+def _with_others(table: pd.DataFrame, rows: Sequence[Row], number: int) -> pd.DataFrame:
+    """Below a table's own rows: those of systems without their file, and the paper's on the same corpora."""
+    corpora = list(dict.fromkeys(table.index.get_level_values("corpus")))
+    there = {row.system for row in rows}
+    missing = [
+        (corpus, name, what_to_run(name)) for corpus in corpora for name in SYSTEMS if rows and name not in there
+    ]
+    parts = [table]
+    if missing:
+        index = pd.MultiIndex.from_tuples(missing, names=table.index.names)
+        parts.append(pd.DataFrame("", index, table.columns))
+    published = paper.fsclap_table(number)
+    parts.append(published[published.index.get_level_values("corpus").isin(corpora)])
+    return pd.concat(parts).sort_index(level="corpus", sort_remaining=False, kind="stable")
+
+
+def differences(
+    rows: Sequence[Row], tests: Sequence[CaptionedSet], system: str, protocol: str = "bi-encoder"
+) -> pd.DataFrame:
+    """Each row minus that of one system and protocol, on the same queries and replicates (`CaptionScorer.difference`).
+
+    Columns corpus, system, protocol, direction, metric, difference (n.s.: its interval holds 0), p.
+
+    Raises:
+        ValueError: there is no such row, or a row's protocol is leaky.
+    """
+    scorers = {test.corpus: test.scorer for test in tests}
+    reference = {row.corpus: row for row in rows if (row.system, row.protocol) == (system, protocol)}
+    if not reference:
+        raise ValueError(f"no row of system {system!r} by protocol {protocol!r} to compare with")
+    parts = []
+    for row in rows:
+        protocols.refuse_leaky(row.protocol)
+        if row is (other := reference[row.corpus]):
+            continue
+        part = scorers[row.corpus].difference(row.found, other.found)
+        bounds = zip(part.pop("difference"), part.pop("low"), part.pop("high"), strict=True)
+        part.insert(2, "difference", [Cell(v, (low, high), difference=True, digits=3) for v, low, high in bounds])
+        parts.append(part.assign(corpus=row.corpus, system=row.system, protocol=row.protocol))
+    if not parts:
+        return pd.DataFrame(columns=["corpus", "system", "protocol", "direction", "metric", "difference", "p"])
+    table = pd.concat(parts, ignore_index=True)
+    return table[["corpus", "system", "protocol", "direction", "metric", "difference", "p"]]
+
+
+def cost_table(rows: Sequence[Row]) -> pd.DataFrame:
+    """What each row cost: fused pairs, seconds; of a rerank the ceiling; and the modality gap."""
+    index = pd.MultiIndex.from_tuples(
+        [(row.corpus, row.system, row.protocol) for row in rows], names=["corpus", "system", "protocol"]
+    )
+    columns = {
+        "fusions": [row.fusions for row in rows],
+        "seconds": [round(row.seconds, 1) for row in rows],
+        **{f"{d} ceiling": ["" if not row.ceiling else Cell(row.ceiling[d]) for row in rows] for d in DIRECTIONS},
+        "modality gap": ["" if row.gap is None else Cell(row.gap) for row in rows],
+    }
+    return pd.DataFrame(columns, index)
+
+
+def leak_table(rows: Sequence[Row]) -> pd.DataFrame:
+    """What `matched` would have claimed, beside the honest protocols of the same systems. Not a result."""
+    leaky = {row.system for row in rows if row.protocol in protocols.LEAKY}
+    shown = [row for row in rows if row.system in leaky]
+    table = _table(shown, [(direction, metric) for direction in DIRECTIONS for metric in ("r@1", MAP)])
+    table.insert(0, "leaky", ["LEAKY: diagnosis only" if row.protocol in protocols.LEAKY else "" for row in shown])
+    return table
