@@ -23,7 +23,8 @@ LAYERS = {
     "models": ("speech", "text", "chat", "retriever", "fusion", "embedding"),
     "top": (
         "objective", "checkpoints", "fitting", "training", "evaluation", "comparison", "ablations", "spaces", "index",
-        "generation", "plots", "fusion_objective", "fusion_training", "fusion_systems",
+        "generation", "plots", "fusion_objective", "fusion_training", "fusion_systems", "protocols",
+        "fusion_evaluation", "fusion_tables",
     ),
 }  # fmt: skip
 LAYER = {module: i for i, modules in enumerate(LAYERS.values()) for module in modules}
