@@ -203,7 +203,7 @@ def _scored(
 @torch.no_grad()
 def _unit(model: FusionRetriever, items: list, side: str) -> np.ndarray:
     """(N, d) unit vectors of frames or sentences, made alone."""
-    encode = (
-        model.encode_text if modality_ == "text" else lambda part: model.encode_speech(embedding.padded_frames(part))
-    )
-    parts = [encode(items[start : start + 128]).float().cpu() for start in range(0, len(items), 128)]
+    batched = [items[start : start + 128] for start in range(0, len(items), 128)]
+    if side == "text":
+        return torch.cat([model.encode_text(part).cpu() for part in batched]).numpy()
+    return torch.cat([model.encode_speech(embedding.padded_frames(part)).cpu() for part in batched]).numpy()
