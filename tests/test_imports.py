@@ -14,7 +14,7 @@ ROOT = Path(esr_utils.__file__).parent
 LAYERS = {
     "leaves": (
         "config", "runs", "weights", "styles", "wording", "prompts", "metrics", "intervals", "losses", "audio_files",
-        "manifest_schema", "modality", "tables", "paper", "processes",
+        "manifest_schema", "text_tables", "modality", "tables", "paper", "processes",
     ),
     "data": ("manifests", "corpora", "provenance", "batches", "acoustics", "trials", "scoring", "controls"),
     "models": ("speech", "text", "chat", "retriever", "embedding"),
