@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from dataclasses import dataclass
@@ -96,6 +97,34 @@ def _header(full: str, size: int, mtime_ns: int) -> Header:
     if not 0 < info.frames < MAX_FRAMES:
         raise AudioError("holds no audio, or does not say how much")
     return Header(full, info.frames, info.samplerate, info.channels)
+
+
+class ContentNames:
+    """Names for what is kept of cuts: by the content of the audio file, the range and the channel.
+
+    A file that changed is another name, whatever it is called; one that moved is the same.
+    """
+
+    def __init__(self) -> None:
+        self._digests: dict[tuple, str] = {}
+
+    def name(self, cut) -> str:
+        """32 hex digits for a lhotse cut.
+
+        Raises:
+            OSError: the audio file is gone.
+        """
+        parts = [cut.start, cut.duration, str(getattr(cut, "channel", 0))]
+        parts += [self._digest(source.source) for source in cut.recording.sources]
+        return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+    def _digest(self, path: str) -> str:
+        status = os.stat(path)
+        key = (path, status.st_size, status.st_mtime_ns)  # a file cut into many segments is read once
+        if key not in self._digests:
+            with open(path, "rb") as file:
+                self._digests[key] = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        return self._digests[key]
 
 
 def check_audio(header: Header, start_s: float = 0.0, end_s: float | None = None, channel: int | None = None) -> None:
