@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from esr_utils.acoustics import LOUDNESS, PROSODY, measure, measure_waveform
+from esr_utils.acoustics import LOUDNESS, PROSODY, VOICED, measure, measure_waveform
 from esr_utils.manifests import load_corpora, to_cuts
 
 RATE = 16_000
@@ -41,7 +41,8 @@ def test_every_usable_clip_has_every_measure_and_women_speak_higher():
     clips = load_corpora("demo")
     clips = clips[clips["style"] == "neutral"]
     found = measure(to_cuts(clips))
-    assert list(found.index) == list(clips["utterance_id"]) and list(found.columns) == [*LOUDNESS, *PROSODY]
+    assert list(found.index) == list(clips["utterance_id"])
+    assert list(found.columns) == [*LOUDNESS, *PROSODY, *VOICED] and not found.attrs["skipped"]
     assert np.isfinite(found.to_numpy()).all()
     pitch = found["pitch_st"].groupby(clips["gender"].to_numpy()).median()
     assert pitch["female"] > pitch["male"] + 2

@@ -13,12 +13,13 @@ ROOT = Path(esr_utils.__file__).parent
 
 LAYERS = {
     "leaves": (
-        "config", "runs", "weights", "styles", "wording", "prompts", "metrics", "intervals", "losses", "audio_files",
-        "manifest_schema", "modality", "tables", "paper", "processes", "matching", "codebook",
+        "config", "runs", "weights", "styles", "wording", "prompts", "grammar", "metrics", "intervals", "losses",
+        "audio_files", "manifest_schema", "text_tables", "modality", "tables", "paper", "processes", "matching",
+        "codebook",
     ),
     "data": (
-        "manifests", "corpora", "provenance", "batches", "acoustics", "trials", "scoring", "captioned", "controls",
-        "embeddings_file",
+        "manifests", "corpora", "provenance", "batches", "acoustics", "captions", "trials", "scoring", "captioned",
+        "controls", "embeddings_file",
     ),
     "models": ("speech", "text", "chat", "retriever", "fusion", "embedding"),
     "top": (
