@@ -1,11 +1,12 @@
 """Vectors that another system made of clips and captions, in a file of no system's own.
 
 Systems that cannot live in this environment (CLAP-Microsoft's package needs numpy < 2; others pin torch 1.7) enter the
-same tables through it: a script in `systems/<name>/`, run in a virtual environment of its own, embeds a manifest and a
-table of captions; here they are scored as our own vectors are.
+same tables through it: `systems/embed.py <system>`, run in a virtual environment of the system's own, embeds a manifest
+and a table of captions; here they are scored as our own vectors are.
 
 <folder>/vectors.safetensors     utterances (N, d), captions (C, d): float32, not necessarily normalised
-<folder>/embeddings.json         format, system, checkpoint, licence, protocol, utterance_ids (N), captions (C), sha256
+<folder>/embeddings.json         format, system, checkpoint, licence, level, protocol, utterance_ids (N), captions (C),
+                                 sha256 of the other
 
 The protocol is `bi-encoder`: one vector a clip and one a caption, compared by their cosine, neither seeing the other.
 What a file says is checked when it is read, so that a table never holds half of a system.
@@ -29,7 +30,7 @@ FORMAT = 1
 PROTOCOL = "bi-encoder"
 VECTORS, ABOUT = "vectors.safetensors", "embeddings.json"
 SYSTEMS = ("clap-microsoft", "audioclip", "mga-clap", "paraspeechclap")  # each a folder of systems/
-_TEXTS = ("system", "checkpoint", "licence")
+_TEXTS = ("system", "checkpoint", "licence", "level")
 
 
 class EmbeddingsFileError(ValueError):
@@ -40,6 +41,7 @@ class EmbeddingsFileError(ValueError):
 class EmbeddingsFile:
     """Attributes:
     system, checkpoint, licence: what made the vectors, from which weights, under what terms.
+    level: normalised or recorded, of the sound that it heard.
     utterance_ids: N ids of clips, unique.
     captions: C texts, unique, as they were given.
     utterance_vectors, caption_vectors: (N, d), (C, d) float32; of any length but 0.
@@ -48,6 +50,7 @@ class EmbeddingsFile:
     system: str
     checkpoint: str
     licence: str
+    level: str
     utterance_ids: list[str]
     captions: list[str]
     utterance_vectors: NDArray[np.float32]
@@ -110,6 +113,7 @@ class EmbeddingsFile:
             "system": self.system,
             "checkpoint": self.checkpoint,
             "licence": self.licence,
+            "level": self.level,
             "protocol": PROTOCOL,
             "utterance_ids": self.utterance_ids,
             "captions": self.captions,
@@ -150,7 +154,7 @@ def what_to_run(system: str) -> str:
     """
     if system not in SYSTEMS:
         raise ValueError(f"system is {system!r}; there are scripts for {', '.join(SYSTEMS)}")
-    return f"not run: systems/{system}/embed.py, in an environment of its own (its docstring says how)"
+    return f"not run: python systems/embed.py {system}, in an environment of its own (systems/{system}/encoder.py)"
 
 
 def _check(folder: Path, about: object, tensors: bytes) -> None:
