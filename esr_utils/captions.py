@@ -254,6 +254,42 @@ def free_captions(manifest: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**dict.fromkeys(ATTRIBUTES, ""), grammar="free")[list(COLUMNS)]
 
 
+@dataclass(frozen=True)
+class Captioned:
+    """The captions of a manifest's clips, and what is known of the clips: what a training or evaluation takes.
+
+    Attributes:
+        table: a captions table.
+        clips: of `clip_attributes`, which says which captions are right for a clip (`relevance`).
+        thresholds: of the measured attributes; None where no corpus has attribute captions.
+        left_out: columns utterance_id, attribute, reason.
+    """
+
+    table: pd.DataFrame
+    clips: pd.DataFrame
+    thresholds: Thresholds | None
+    left_out: pd.DataFrame
+
+
+def of_manifest(
+    manifest: pd.DataFrame, per_clip: int = 8, per_test_clip: int = 1, seed: int = 0, cache: Path | None = CACHE
+) -> Captioned:
+    """A corpus's own captions where it has any, else attribute captions; arguments of `attribute_captions`."""
+    own = manifest["corpus"].isin(manifest.loc[manifest["caption"] != "", "corpus"])
+    free, labelled = manifest[own], manifest[~own]
+    tables, thresholds = [free_captions(free)], None
+    clips = [free[["utterance_id", "split", "caption"]].assign(**dict.fromkeys(ATTRIBUTES, ""))]
+    left_out = _left_out([(name, "caption", "none") for name in free.loc[free["caption"] == "", "utterance_id"]])
+    if len(labelled):
+        written, thresholds, unknown = attribute_captions(
+            labelled, per_clip=per_clip, per_test_clip=per_test_clip, seed=seed, cache=cache
+        )
+        tables.append(written)
+        clips.append(clip_attributes(labelled, thresholds, cache)[0])
+        left_out = pd.concat([left_out, unknown], ignore_index=True)
+    return Captioned(pd.concat(tables, ignore_index=True), pd.concat(clips, ignore_index=True), thresholds, left_out)
+
+
 # --- which clips a caption is right for
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from esr_utils import checkpoints, embedding, fusion_training, runs
+from esr_utils.captions import Captioned
 from esr_utils.config import FusionConfig, FusionTrainConfig
 
 
@@ -46,7 +47,7 @@ TABLE_THREE = ("CLAP", "FU", "SE", "HN", "FU + SE", "FS-CLAP")  # rows of Table 
 
 def train_all(
     manifest: pd.DataFrame,
-    captioned: pd.DataFrame,
+    captioned: Captioned,
     run: str | Path,
     model_config: FusionConfig,
     config: FusionTrainConfig,

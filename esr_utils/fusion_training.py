@@ -23,7 +23,7 @@ from esr_utils.objective import Values
 
 def fit(
     manifest: pd.DataFrame,
-    captioned: pd.DataFrame,
+    captioned: captions.Captioned,
     run: str | Path,
     model_config: FusionConfig | None = None,
     config: FusionTrainConfig | None = None,
@@ -37,8 +37,7 @@ def fit(
 
     Args:
         manifest: rows of `manifests.load_corpora`, with their `root`.
-        captioned: rows of `captions.attribute_captions` or `captions.of_manifest`; those of clips in neither split, and
-            held-out ones, are not used.
+        captioned: of `captions.of_manifest`. Held-out captions, and those of the test split, are not used.
         run: name or path of the run folder.
 
     Raises:
@@ -49,19 +48,27 @@ def fit(
     """
     model_config, config = model_config or FusionConfig(), config or FusionTrainConfig()
     folder, place = runs.run_folder(run), runs.pick_device(device)
-    used = begin(manifest, captioned, folder, model_config, config)
-    _Trainer(manifest, used, folder, model_config, config, device, cache).run()
+    begin(manifest, captioned, folder, model_config, config)
+    _Trainer(manifest, captioned, folder, model_config, config, device, cache).run()
     return FusionRetriever.load(folder / "best", place)
 
 
 def begin(
-    manifest: pd.DataFrame, captioned: pd.DataFrame, folder: Path, model_config: FusionConfig, config: FusionTrainConfig
-) -> pd.DataFrame:
-    """`provenance.begin`, and which captions are used: not the held-out ones, and none of the test split."""
-    learned = manifest.loc[manifest["split"].isin(("train", "val")), "utterance_id"]
-    used = captioned[(captioned["grammar"] == captions.SEEN) & captioned["utterance_id"].isin(learned)]
-    provenance.begin(manifest, folder, model_config, config, used)
-    return used
+    manifest: pd.DataFrame,
+    captioned: captions.Captioned,
+    folder: Path,
+    model_config: FusionConfig,
+    config: FusionTrainConfig,
+) -> None:
+    """`provenance.begin` for a run on captions."""
+    provenance.begin(manifest, folder, model_config, config, _learned(manifest, captioned))
+
+
+def _learned(manifest: pd.DataFrame, captioned: captions.Captioned) -> pd.DataFrame:
+    """The captions that are trained and chosen on."""
+    split = manifest.set_index("utterance_id")["split"]
+    table = captioned.table[captioned.table["grammar"] != "held_out"]
+    return table[table["utterance_id"].map(split).isin(("train", "val"))]
 
 
 class _Trainer(Fitting):
@@ -77,7 +84,11 @@ class _Trainer(Fitting):
         teacher = (
             FusionRetriever.load(runs.run_folder(config.teacher) / "best", self.device) if config.teacher else None
         )
-        self.captions = dict(iter(captioned.groupby("utterance_id")))
+        learned = _learned(manifest, captioned)
+        self.captions = dict(iter(learned.groupby("utterance_id")))
+        self.attributes = captioned.clips.set_index("utterance_id", drop=False)
+        if len(learned):  # all at once and in one order: batched otherwise, they would round otherwise
+            model.text.sequences(sorted(set(learned["caption"])))
         self.clips = {split: self._clips(model, manifest, split, cache) for split in ("train", "val")}
         self.objective = FusionObjective(model, config, teacher).to(self.device)
         heads = [p for name, p in self.objective.named_parameters() if p.requires_grad and ".speech." not in name]
@@ -113,7 +124,7 @@ class _Trainer(Fitting):
             self.step_is_whole = number % together == 0 or number == len(plan)
             if batch["utterance_id"]:
                 rows = pd.DataFrame([drawn[utterance] for utterance in batch["utterance_id"]])
-                true_of = captions.relevance(rows, rows)  # (captions, clips)
+                true_of = captions.relevance(rows, self.attributes.loc[batch["utterance_id"]])  # (captions, clips)
                 yield batch | {"relevant": torch.from_numpy(true_of.T.copy())}, rows["caption"].tolist()
 
     def _caption(self, cut: Cut, rng: np.random.Generator) -> pd.Series:
