@@ -20,7 +20,7 @@ LAYERS = {
     "models": ("speech", "text", "chat", "retriever", "fusion", "embedding"),
     "top": (
         "objective", "checkpoints", "training", "evaluation", "comparison", "ablations", "spaces", "index",
-        "generation", "plots",
+        "generation", "plots", "protocols",
     ),
 }  # fmt: skip
 LAYER = {module: i for i, modules in enumerate(LAYERS.values()) for module in modules}
