@@ -13,6 +13,8 @@ from __future__ import annotations
 import os
 import time
 
+os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
+
 import torch
 
 from esr_utils import manifests, protocols
@@ -59,7 +61,6 @@ class Collection:
 
 
 if __name__ == "__main__":
-    os.environ["TQDM_DISABLE"] = "1"
     rows = manifests.load_corpora("ravdess" if os.environ.get("ESR_DATA") else "demo")
     rows = rows.sample(min(N_CLIPS, len(rows)), random_state=0)
     queries = [prompt for style in STYLES for prompt in PromptBank.load().all_prompts(style, "seen")[:5]][:N_QUERIES]
