@@ -142,7 +142,7 @@ def evaluate(
     Args:
         manifest: rows of `manifests.load_corpora`.
         seed: of the trials and the bootstrap.
-        systems: those of SYSTEMS that the model was trained for (`options`).
+        systems: those of SYSTEMS that the model was trained for (`options`); one without a classifier has no such.
         held_out_styles: styles that it was not trained on; results then tell them apart.
         bank: of the prompts; None is the project's.
 
@@ -150,6 +150,7 @@ def evaluate(
         ValueError: the split has no labelled clip, or a corpus has fewer than two styles in it.
     """
     started = time.perf_counter()
+    systems = [system for system in systems if system != "classifier" or model.classifier is not None]
     rows = manifest[(manifest["split"] == split) & (manifest["style"] != "")].reset_index(drop=True)
     if rows.empty:
         raise ValueError(f"no clip of split {split!r} has a style; splits here: {sorted(manifest['split'].unique())}")

@@ -47,12 +47,12 @@ class Retriever(nn.Module):
 
     kind: str
     config_type: type[ModelConfig | FusionConfig]
-    classifier: nn.Module | None = None
 
     def __init__(self, config: ModelConfig | FusionConfig, speech: SpeechBackbone, text: TextBackbone) -> None:
         super().__init__()
         self.config = config
         self.speech, self.text = speech, text
+        self.classifier = None
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
 
     @classmethod

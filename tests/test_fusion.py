@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from esr_utils import retriever, weights
 from esr_utils.config import ConfigError, FusionConfig
 from esr_utils.embedding import embed, frozen_frames, padded_frames
+from esr_utils.evaluation import evaluate
 from esr_utils.fusion import FrameHead, FusionRetriever, FusionSeparation, pool_frames
 from esr_utils.index import SearchIndex
 from esr_utils.manifests import to_cuts
@@ -336,6 +337,13 @@ def test_kept_frames_give_the_tokens_of_the_waveforms(model, manifest, tmp_path)
     whole = embed(model, cuts, "normalised", cache=None).vectors
     np.testing.assert_allclose(model.encode_speech(batch).numpy(), whole, atol=2e-3)
     np.testing.assert_allclose(embed(model, cuts, "normalised", tmp_path).vectors, whole, atol=2e-3)
+
+
+def test_it_is_evaluated_by_its_prompts_alone(model, manifest, tmp_path):
+    """It has no style classifier."""
+    found = evaluate(model, manifest, cache=tmp_path, n_trials=10)
+    assert found.systems == ("seen", "held_out") and found.embeddings.logits.shape[1] == 0
+    assert 0 <= found.results["mini/seen/r@1"] <= 1 and not any("classifier" in key for key in found.results)
 
 
 def test_it_can_be_searched(model, manifest, tmp_path):

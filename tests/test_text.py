@@ -338,3 +338,53 @@ def test_batches_are_the_same_in_every_process(tiny_text, monkeypatch):
     texts = [f"voice {i:03d}" for i in range(300)] + [f"speech {i}" for i in range(10)]
     backbone.embed(texts[::-1])
     assert sum(run, []) == sorted(texts, key=lambda text: (len(text), text))
+
+
+# Sequences --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sequences_are_the_last_hidden_states_without_padding(kind, tiny_texts):
+    backbone = load_text_backbone(tiny_texts[kind])
+    found = backbone.sequences(TEXTS)
+    assert found.values.dtype == torch.float32 and not bool(found.values[~found.mask].any())
+    for i, text in enumerate(TEXTS):
+        hidden, mask = backbone.tokens([text])
+        assert bool(mask.all()) and int(found.mask[i].sum()) == mask.shape[1]
+        torch.testing.assert_close(found.values[i, found.mask[i]], hidden[0], atol=2e-3, rtol=2e-3)  # kept as fp16
+
+
+def test_an_empty_text_has_its_special_tokens(tiny_text):
+    assert load_text_backbone(tiny_text).sequences(["", TEXTS[1]]).mask.sum(1).tolist()[0] == 2  # [CLS], [SEP]
+
+
+def test_each_distinct_sequence_is_run_once(tiny_text, rows_run):
+    backbone = load_text_backbone(tiny_text)
+    seen = rows_run(backbone)
+    first = backbone.sequences([TEXTS[0], TEXTS[1], TEXTS[0]])
+    assert sum(seen) == 2 and torch.equal(first.values[0], first.values[2])
+    again = backbone.sequences([TEXTS[1], TEXTS[2]])
+    assert sum(seen) == 3
+    assert torch.equal(again.values[0, again.mask[0]], first.values[1, first.mask[1]])
+
+
+@pytest.mark.parametrize("kind", ["vectors", "sequences"])
+def test_what_is_kept_stays_below_its_limit(kind, tiny_text, rows_run, monkeypatch):
+    """Captions by the hundred thousand come by once and would fill the memory: the oldest go."""
+    backbone = load_text_backbone(tiny_text)
+    seen, texts = rows_run(backbone), [f"voice {i}" for i in range(20)]
+    ask, store = {
+        "vectors": (backbone.embed, backbone._vectors),
+        "sequences": (lambda t: backbone.sequences(t).values, backbone._sequences),
+    }[kind]
+    whole = ask(texts)
+    size = store.n_bytes // 20
+    assert len(store.tensors) == 20 and store.n_bytes == sum(one.nbytes for one in store.tensors.values())
+    monkeypatch.setattr("esr_utils.text._KEPT_BYTES", 8 * size + size // 2)
+    torch.testing.assert_close(ask([*texts, "a new one"])[:20, :2], whole[:, :2])  # all, though not all are kept
+    assert len(store.tensors) <= 8 and store.n_bytes <= 8.5 * size
+    before = sum(seen)
+    ask(["a new one"])
+    assert sum(seen) == before
+    ask(texts[:1])
+    assert sum(seen) == before + 1
