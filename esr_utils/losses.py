@@ -99,19 +99,15 @@ def hard_negative(
 
 
 def _hard_negative_one_way(s: Tensor, gamma: float | Tensor, variant: str, left_out: Tensor) -> Tensor:
-    """In logarithms, so that no exp(gamma S) overflows."""
+    """In logarithms, so that no exp(gamma S) overflows. A row without a negative uses none of its weights."""
     own, kept = _diagonal(s), (~left_out).sum(dim=1, keepdim=True).to(s.dtype)
+    harder = gamma * s  # log e_ij
     if variant == "fs-clap":
-        harder = gamma * s
         log_sum, log_count = harder.masked_fill(left_out, -torch.inf).logsumexp(1, keepdim=True), kept.log()
     elif variant == "mga-clap":
-        harder = gamma * s
         log_sum, log_count = _log_sum_of_others(harder, left_out), (kept - 1).clamp_min(1).log()
     elif variant == "robinson":
-        # A row without a negative has an empty sum; its only entry is the positive, which is not weighted.
-        alone = kept == 1
-        harder = gamma * s
-        log_sum = harder.masked_fill((left_out | own) & ~alone, -torch.inf).logsumexp(1, keepdim=True)
+        log_sum = harder.masked_fill(left_out | own, -torch.inf).logsumexp(1, keepdim=True)
         log_count = (kept - 1).clamp_min(1).log()
     else:
         raise ValueError(f"hard-negative variant {variant!r}; it must be fs-clap, mga-clap or robinson")
@@ -126,8 +122,7 @@ def _log_sum_of_others(x: Tensor, left_out: Tensor) -> Tensor:
     """
     x = x.masked_fill(left_out, -torch.inf)
     largest = F.one_hot(x.argmax(dim=1), x.shape[1]).bool()
-    alone = (~left_out).sum(dim=1, keepdim=True) == 1  # nothing but the positive: no weight is used
-    rest = x.masked_fill(largest & ~alone, -torch.inf).logsumexp(1, keepdim=True)
+    rest = x.masked_fill(largest, -torch.inf).logsumexp(1, keepdim=True)
     share = x.softmax(dim=1).masked_fill(largest, 0.0)  # at most 1/2
     return torch.where(largest, rest, x.logsumexp(1, keepdim=True) + torch.log1p(-share))
 

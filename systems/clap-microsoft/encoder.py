@@ -3,11 +3,11 @@
     python3.10 -m venv ms && ms/bin/pip install -r systems/clap-microsoft/requirements.txt
     ms/bin/python systems/embed.py clap-microsoft --manifest …/manifest.csv --split test --captions captions.csv
 
-Its package msclap (MIT) fetches its weights from the hub (microsoft/msclap, CLAP_weights_2023.pth) and reads them with
-its own loader, which unpickles; --checkpoint takes a local copy. It takes files and 7 s: a shorter clip is repeated to
-7 s by the package, a longer one comes in windows. Text is cut at 77 tokens.
+Its package msclap (MIT) fetches its weights from the hub (microsoft/msclap, CLAP_weights_2023.pth); --checkpoint takes
+a local copy. It reads them by torch.load, which from torch 2.6 on takes tensors only. It takes files and 7 s: a shorter
+clip is repeated to 7 s by the package, a longer one comes in windows. Captions may have 77 tokens.
 
-Written from the package's source, version 1.3; it has not been run with the real weights, which were not to be had
+Written from the package's source, version 1.3.4; it has not been run with the real weights, which were not to be had
 where it was written.
 """
 
