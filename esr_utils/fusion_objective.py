@@ -86,13 +86,20 @@ class FusionObjective(nn.Module):
         repeated = own.repeat_interleave(m)
         of_speech = torch.cat([own, repeated, wrong_speech.clamp(min=0).flatten()])
         of_text = torch.cat([own, wrong_text.clamp(min=0).flatten(), repeated])
-        fused = model.pair_score(rows(speech, of_speech), rows(text, of_text)).float() * model.logit_scale
+        fused = self._fused(speech, text, of_speech, of_text) * model.logit_scale
         right, to_text, to_speech = fused.split([len(own), len(repeated), len(repeated)])
         sides = ((to_text, wrong_text), (to_speech, wrong_speech))
         return sum(
             matching.pair_matching(torch.cat([right[:, None], scores.view(-1, m)], dim=1), wrong)
             for scores, wrong in sides
         ) / len(sides)
+
+    def _fused(self, speech: Tokens, text: Tokens, of_speech: Tensor, of_text: Tensor) -> Tensor:
+        """(P,) scores of pairs, fused beside others of like length, so that little is padded."""
+        order = speech.mask.sum(1)[of_speech].argsort(stable=True)
+        parts = order.split(max(1, len(order) // 4))
+        scores = [self.retriever.pair_score(rows(speech, of_speech[p]), rows(text, of_text[p])).float() for p in parts]
+        return torch.cat(scores)[order.argsort()]
 
     def total(self, terms: dict[str, Tensor]) -> Tensor:
         """FS-CLAP Eq. (3), and the matching of fused pairs, which it does not have."""
@@ -126,5 +133,7 @@ class FusionObjective(nn.Module):
 
 
 def rows(tokens: Tokens, index: Tensor) -> Tokens:
-    """Some rows of tokens, in an order of one's own."""
-    return Tokens(tokens.values[index], tokens.mask[index])
+    """Some rows of tokens, in an order of one's own, cut to the longest of them."""
+    mask = tokens.mask[index]
+    longest = int(mask.sum(1).max())
+    return Tokens(tokens.values[index, :longest], mask[:, :longest])
