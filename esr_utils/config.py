@@ -215,7 +215,7 @@ Contrast = Literal["infonce", "hard-negative", "hard-negative-mga-clap", "hard-n
 class FusionTrainConfig(_Config):
     """Training on captions, for FS-CLAP and its baselines (FS-CLAP section 4.2)."""
 
-    epochs: int = 30
+    epochs: int = 15
     warmup_epochs: int = 1  # the learning rate rises over these, then falls by a cosine to 0 at the last step
     max_steps: int = 0  # stop after so many optimiser steps; 0 = no limit
     batch_size: int = 96  # B, pairs in a contrastive batch

@@ -19,7 +19,8 @@ from torch import Tensor
 from esr_utils import batches, embedding, intervals, modality, protocols, runs
 from esr_utils.captioned import DIRECTIONS, Captions, CaptionScorer, Found
 from esr_utils.captions import Captioned, relevance
-from esr_utils.embeddings_file import PROTOCOL, EmbeddingsFile
+from esr_utils.config import Level
+from esr_utils.embeddings_file import ABOUT, PROTOCOL, EmbeddingsFile
 from esr_utils.fusion import FusionRetriever
 from esr_utils.manifests import to_cuts
 from esr_utils.tables import Cell
@@ -132,8 +133,7 @@ def evaluate(
     for system, folders in systems.items():
         made: dict[tuple[str, str], list[tuple]] = {}
         for folder in folders:
-            model = FusionRetriever.load(runs.run_folder(folder) / "best", runs.pick_device(device))
-            level = runs.read_json(runs.run_folder(folder) / "config.json")["training"]["level"]
+            model, level = _loaded(folder, device)
             for test in tests:
                 frames, texts = clip_frames(model, test.clips, level, cache), test.captions.texts
                 gap = modality.gap(_unit(model, frames, "speech"), _unit(model, texts, "text"))
@@ -160,6 +160,12 @@ def from_file(file: EmbeddingsFile, tests: Sequence[CaptionedSet]) -> list[Row]:
     return [Row(test.corpus, file.system, PROTOCOL, (test.scorer.retrieval(scores[test.corpus]),)) for test in tests]
 
 
+def from_folder(folder: str | Path, tests: Sequence[CaptionedSet]) -> list[Row]:
+    """`from_file` of every embeddings file in a folder, one a subfolder; none for ""."""
+    files = sorted(path.parent for path in Path(folder).glob(f"*/{ABOUT}")) if folder else []
+    return [row for file in files for row in from_file(EmbeddingsFile.read(file), tests)]
+
+
 def clip_frames(model: FusionRetriever, clips: pd.DataFrame, level: str, cache: Path) -> list[Tensor]:
     """The frames of each clip, (L, T, D) fp16: of one past 30 s, those of its windows one after another.
 
@@ -176,6 +182,37 @@ def clip_frames(model: FusionRetriever, clips: pd.DataFrame, level: str, cache: 
     for cut_id, frames in zip(kept.cut_ids, kept.frames, strict=True):
         windows.setdefault(owner[cut_id], []).append(frames)
     return [torch.cat(windows[name], dim=1) for name in clips["utterance_id"]]
+
+
+def joint_spaces(
+    systems: Mapping[str, Sequence[str | Path]],
+    test: CaptionedSet,
+    device: str = "auto",
+    cache: Path = embedding.CACHE,
+) -> dict[str, tuple[np.ndarray, pd.DataFrame]]:
+    """The space of each system's first run, for maps side by side (FS-CLAP Fig. 2): title -> vectors, about.
+
+    Vectors are those of the clips with a style and of the captions written for them, each made alone. A title has the
+    modality gap. About: columns style, modality (speech, text).
+    """
+    clips = test.clips[test.clips["style"] != ""]
+    written = test.captions.written_for[:, clips.index]
+    texts = [text for text, used in zip(test.captions.texts, written.any(1), strict=True) if used]
+    styles = [*clips["style"], *clips["style"].iloc[written[written.any(1)].argmax(1)]]
+    about = pd.DataFrame({"style": styles, "modality": ["speech"] * len(clips) + ["text"] * len(texts)})
+    found = {}
+    for system, (folder, *_) in systems.items():
+        model, level = _loaded(folder, device)
+        sides = _unit(model, clip_frames(model, clips, level, cache), "speech"), _unit(model, texts, "text")
+        found[f"{system}, modality gap {modality.gap(*sides):.2f}"] = np.concatenate(sides), about
+    return found
+
+
+def _loaded(folder: str | Path, device: str) -> tuple[FusionRetriever, Level]:
+    """A run's best retriever, and the level that it was trained at."""
+    folder = runs.run_folder(folder)
+    level = runs.read_json(folder / "config.json")["training"]["level"]
+    return FusionRetriever.load(folder / "best", runs.pick_device(device)), level
 
 
 def _scored(

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from esr_utils import checkpoints, embedding, fusion_training, runs
-from esr_utils.captions import Captioned
+from esr_utils import checkpoints, embedding, fusion_training, provenance, runs, weights
+from esr_utils.captions import Captioned, of_manifest
 from esr_utils.config import FusionConfig, FusionTrainConfig
+from esr_utils.manifests import load_corpora
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,12 @@ SYSTEMS = {
     "FU": System({"fusion": True, "separation": False}, _PLAIN),
     "SE": System({"fusion": False, "separation": True}, _PLAIN),
     "HN": System(_DUAL, _HARD),
-    "FU + SE": System({"fusion": True, "separation": True}, _PLAIN),
+    "FU-SE": System({"fusion": True, "separation": True}, _PLAIN),
     "FS-CLAP": System({"fusion": True, "separation": True}, _HARD),
 }
-TABLE_THREE = ("CLAP", "FU", "SE", "HN", "FU + SE", "FS-CLAP")  # rows of Table 3, in the paper's order
+FUSING = tuple(name for name, system in SYSTEMS.items() if system.model["fusion"])
+DEFAULT_RUN = "fsclap"  # what 08 writes and 09 reads, unless told otherwise
+TABLE_THREE = ("CLAP", "FU", "SE", "HN", "FU-SE", "FS-CLAP")  # rows of Table 3, in the paper's order
 
 
 def train_all(
@@ -81,6 +84,49 @@ def train_all(
             folder = folder_of(run, name, seed)
             _train(manifest, captioned, folder, model_config.but(**system.model), settings, device, cache)
     return {name: [folder_of(run, name, seed) for seed in range(seeds)] for name in systems}
+
+
+def load_grid(run: str | Path = DEFAULT_RUN, device: str = "auto") -> dict[str, list[Path]]:
+    """The systems that a grid holds, finished, with their seeds: system -> its run folders.
+
+    The default grid, and only that, is trained first (demo corpus, default settings) where there is nothing yet.
+
+    Raises:
+        weights.WeightsError: none is there.
+    """
+    if str(run) == DEFAULT_RUN and not runs.run_folder(run).is_dir():
+        manifest = load_corpora("demo")
+        train_all(manifest, of_manifest(manifest), run, FusionConfig(), FusionTrainConfig(), device=device)
+    folders = {name: sorted((runs.run_folder(run) / runs.slug(name)).glob("seed*")) for name in SYSTEMS}
+    found = {name: [one for one in there if checkpoints.finished(one)] for name, there in folders.items()}
+    if not any(found.values()):
+        raise weights.WeightsError(f"{runs.run_folder(run)} holds no finished system: run notebook 08_fsclap_train")
+    return {name: there for name, there in found.items() if there}
+
+
+def clips_of_grid(
+    grid: dict[str, list[Path]], corpora: str = "", data_root: str = ""
+) -> tuple[pd.DataFrame, Captioned]:
+    """The manifest that a grid was trained on, or another (`provenance.clips_of_run`), and its captions."""
+    settings = runs.read_json(next(iter(grid.values()))[0] / "config.json")
+    manifest = provenance.clips_of_run(settings, corpora, data_root=data_root)
+    return manifest, of_manifest(manifest)
+
+
+def summary(trained: dict[str, list[Path]]) -> pd.DataFrame:
+    """A row per run: which epoch is in best/, the validation losses of it, tau and seconds."""
+    rows = {}
+    for name, folders in trained.items():
+        for folder in folders:
+            lines, state = runs.read_metrics(folder), runs.read_json(folder / "resume.json")
+            best = lines[state["best_epoch"] - 1]
+            row = {"best epoch": f"{state['best_epoch']} of {state['epoch']}"}
+            row |= {key: round(value, 3) for key, value in best.items() if key.startswith("val_")}
+            rows[name, folder.name] = row | {
+                "tau": round(best["tau"], 3),
+                "seconds": round(sum(x["seconds"] for x in lines)),
+            }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["system", "run"]).fillna("")
 
 
 def folder_of(run: str | Path, system: str, seed: int) -> Path:

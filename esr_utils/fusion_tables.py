@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import pandas as pd
 
-from esr_utils import paper, protocols
+from esr_utils import paper, protocols, runs
 from esr_utils.captioned import DIRECTIONS, KS, MAP_K
 from esr_utils.embeddings_file import SYSTEMS, what_to_run
 from esr_utils.fusion_evaluation import CaptionedSet, Row
@@ -16,9 +17,32 @@ MAP = f"map@{MAP_K}"
 _COLUMNS = {f"r@{k}": f"R@{k}" for k in KS} | {MAP: f"mAP@{MAP_K}"}
 
 
-def results(rows: Sequence[Row]) -> dict:
-    """Flat results (`captioned`) of rows of one system and one seed each."""
-    return {key: value for row in rows for key, value in row.found[0].results(row.corpus, row.protocol).items()}
+def write_results(grid: Mapping[str, Sequence[Path]], rows: Sequence[Row]) -> None:
+    """`results.json` in each run folder: flat keys of `captioned`, and what a protocol cost."""
+    for system, folders in grid.items():
+        for seed, folder in enumerate(folders):
+            values: dict = {}
+            for row in rows:
+                if row.system == system:
+                    values |= row.found[seed].results(row.corpus, row.protocol)
+                    values[f"{row.corpus}/{row.protocol}/fusions"] = row.fusions
+            runs.write_json(folder / "results.json", values)
+
+
+def caption(sets: Sequence[CaptionedSet], grid: Mapping[str, Sequence[Path]], split: str, grammar: str) -> str:
+    """How the numbers of a table came about."""
+    corpora = []
+    for one in sets:
+        right = one.captions.relevant.sum(1).mean()
+        size = (
+            f"{len(one.clips)} clips of {one.clips['speaker'].nunique()} speakers, {len(one.captions.texts)} captions"
+        )
+        corpora.append(
+            f"{one.corpus}: {size}, each right for {right:.1f} clips, intervals over {one.scorer.bootstrap}s"
+        )
+    seeds = max(len(folders) for folders in grid.values())
+    mean = f"rows are means of {seeds} seeds" if seeds > 1 else "one seed, whose interval does not speak for another"
+    return f"Captions {grammar}, {split} split. {'; '.join(corpora)}; {mean}."
 
 
 def recall_table(rows: Sequence[Row], columns: Sequence[tuple[str, str]] | None = None) -> pd.DataFrame:
@@ -107,6 +131,17 @@ def differences(
         return pd.DataFrame(columns=["corpus", "system", "protocol", "direction", "metric", "difference", "p"])
     table = pd.concat(parts, ignore_index=True)
     return table[["corpus", "system", "protocol", "direction", "metric", "difference", "p"]]
+
+
+def wide(table: pd.DataFrame) -> pd.DataFrame:
+    """`differences` as a row per corpus, system and protocol, a column per direction and metric."""
+    named = table.assign(column=table["direction"] + " " + table["metric"].map(_COLUMNS))
+    index = ["corpus", "system", "protocol"]
+    order = list(dict.fromkeys(named["column"]))
+    rows = named[index].drop_duplicates().apply(tuple, axis=1)
+    return (
+        named.pivot(index=index, columns="column", values="difference").loc[list(rows), order].rename_axis(columns=None)
+    )
 
 
 def cost_table(rows: Sequence[Row]) -> pd.DataFrame:

@@ -72,6 +72,23 @@ def training_curves(metrics: list[dict]) -> Figure:
     return figure
 
 
+def validation_curves(metrics: dict[str, list[dict]]) -> Figure:
+    """The contrastive loss on the validation split by epoch, a panel a run: title -> lines of metrics.jsonl."""
+    columns = min(4, len(metrics))
+    rows = -(-len(metrics) // columns)
+    size = {"figsize": (3.2 * columns, 2.5 * rows), "squeeze": False, "sharex": True, "layout": "constrained"}
+    figure, axes = plt.subplots(rows, columns, **size)
+    for axis, (title, lines) in zip(axes.flat, metrics.items(), strict=False):
+        epochs = [line["epoch"] for line in lines]
+        for name, style in (("val_contrastive", "-"), ("train_contrastive", ":")):
+            axis.plot(epochs, [line[name] for line in lines], style, color="C0", label=name.replace("_contrastive", ""))
+        axis.set(title=title, xlabel="epoch", ylabel="contrastive loss")
+    for axis in axes.flat[len(metrics) :]:
+        axis.axis("off")
+    axes[0, 0].legend(frameon=False)
+    return figure
+
+
 def durations(manifest: pd.DataFrame) -> Figure:
     """How long the clips of each corpus are."""
     figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
@@ -255,3 +272,24 @@ def players(hits: pd.DataFrame, query: str = "") -> HTML:
     head = "".join(f"<th>{name}</th>" for name in (*columns, "listen"))
     title = f"<b>{html.escape(query)}</b>" if query else ""
     return HTML(f"{title}<table><tr>{head}</tr>{''.join(rows)}</table>")
+
+
+def leak(noise: pd.DataFrame) -> Figure:
+    """R@1 on pairs of pure noise by each protocol, before and after training (`protocols.noise_experiment`).
+
+    Bars with their 95 % intervals; the line is chance, where every protocol should be that cannot see the answer.
+    """
+    moments, names = sorted(noise["steps"].unique()), list(dict.fromkeys(noise["protocol"]))
+    size = {"figsize": (5.2 * len(moments), 3.6), "squeeze": False, "sharey": True, "layout": "constrained"}
+    figure, axes = plt.subplots(1, len(moments), **size)
+    for axis, steps in zip(axes[0], moments, strict=True):
+        for d, (direction, label) in enumerate((("a2t", "audio to text"), ("t2a", "text to audio"))):
+            part = noise[(noise["steps"] == steps) & (noise["direction"] == direction)].set_index("protocol").loc[names]
+            places, bounds = np.arange(len(names)) + (d - 0.5) * 0.4, part[["low", "high"]].to_numpy()
+            _bars(axis, places, part["r@1"].to_numpy(), bounds, 0.38, f"C{d}", label)
+        axis.axhline(noise["chance"].iloc[0], color="black", lw=0.8, ls="--", label="chance")
+        axis.set_xticks(range(len(names)), [f"{name}\n(leaky)" if name == "matched" else name for name in names])
+        axis.set(title=f"pure noise, after {steps} training steps" if steps else "pure noise, untrained")
+    axes[0, 0].set(ylabel="R@1", ylim=(0, 1.02))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3)
+    return figure

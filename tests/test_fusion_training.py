@@ -346,7 +346,7 @@ def test_rows_of_table_three_differ_by_the_named_part_only():
     base = {name: (FusionConfig().but(**s.model), FusionTrainConfig().but(**s.training)) for name, s in SYSTEMS}
     full_model, full_training = base["FS-CLAP"]
     assert full_model.fusion and full_model.separation and full_training.objective == "hard-negative"
-    for name, parts in (("CLAP", ""), ("FU", "FU"), ("SE", "SE"), ("HN", "HN"), ("FU + SE", "FU SE")):
+    for name, parts in (("CLAP", ""), ("FU", "FU"), ("SE", "SE"), ("HN", "HN"), ("FU-SE", "FU SE")):
         model, training = base[name]
         assert (model.fusion, model.separation) == ("FU" in parts, "SE" in parts)
         assert (training.objective == "hard-negative") == ("HN" in parts)
