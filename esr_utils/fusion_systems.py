@@ -6,6 +6,7 @@ recipe, a dual encoder under InfoNCE, not the weights of that name; those enter 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,36 +55,39 @@ def train_all(
     run: str | Path,
     model_config: FusionConfig,
     config: FusionTrainConfig,
-    seeds: int = 1,
-    systems: tuple[str, ...] = tuple(SYSTEMS),
+    seeds: Sequence[int] = (0,),
+    systems: Sequence[str] = tuple(SYSTEMS),
+    objective: str = "",
     device: str = "auto",
     cache: Path = embedding.CACHE,
 ) -> dict[str, list[Path]]:
-    """Trains systems with seeds 0 … seeds - 1: system -> its run folders, `<run>/<system>/seed<k>`.
+    """Trains systems with each seed: system -> its run folders, `<run>/<system>/seed<k>`.
 
     Those that are finished are taken as they are, one that was stopped goes on. A teacher is trained where it is not
     there, asked for or not.
 
     Args:
         model_config, config: what all have in common; its seed is not used.
+        objective: for all systems in place of their own; empty: each its own.
 
     Raises:
-        ValueError: no such system, or seeds is below 1.
+        ValueError: no such system, or no seed.
         provenance.RunExists: a folder holds a run with other settings.
     """
     if unknown := [name for name in systems if name not in SYSTEMS]:
         raise ValueError(f"no system {', '.join(unknown)}; there are {', '.join(SYSTEMS)}")
-    if seeds < 1:
-        raise ValueError(f"seeds is {seeds}; at least one must be trained")
+    if not seeds:
+        raise ValueError("no seed: at least one must be trained")
     teachers = [SYSTEMS[name].teacher for name in systems if SYSTEMS[name].teacher]
     for name in sorted({*systems, *teachers}, key=list(SYSTEMS).index):
         system = SYSTEMS[name]
-        for seed in range(seeds):
+        for seed in seeds:
             teacher = str(folder_of(run, system.teacher, seed)) if system.teacher else ""
-            settings = config.but(**system.training, teacher=teacher, seed=seed)
+            own = system.training | ({"objective": objective} if objective else {})
+            settings = config.but(**own, teacher=teacher, seed=seed)
             folder = folder_of(run, name, seed)
             _train(manifest, captioned, folder, model_config.but(**system.model), settings, device, cache)
-    return {name: [folder_of(run, name, seed) for seed in range(seeds)] for name in systems}
+    return {name: [folder_of(run, name, seed) for seed in seeds] for name in systems}
 
 
 def load_grid(run: str | Path = DEFAULT_RUN, device: str = "auto") -> dict[str, list[Path]]:

@@ -330,7 +330,18 @@ def test_all_systems_are_trained_by_one_function_and_only_once(
     manifest, captioned, model_config, cache, tmp_path, monkeypatch
 ):
     systems = ("RA-CLAP", "MGA-CLAP", "FS-CLAP")
-    given = (manifest, captioned, tmp_path / "grid", model_config, CONFIG.but(epochs=1), 1, systems, "cpu", cache)
+    given = (
+        manifest,
+        captioned,
+        tmp_path / "grid",
+        model_config,
+        CONFIG.but(epochs=1),
+        (0,),
+        systems,
+        "",
+        "cpu",
+        cache,
+    )
     found = fusion_systems.train_all(*given)
     assert list(found) == list(systems) and all((f / "best" / "config.json").is_file() for (f,) in found.values())
     (taught,) = found["RA-CLAP"]
@@ -357,7 +368,7 @@ SYSTEMS = fusion_systems.SYSTEMS.items()
 
 
 @pytest.mark.parametrize(
-    ("systems", "seeds", "message"), [(("BERT",), 1, "no system BERT; there are CLAP"), (("CLAP",), 0, "seeds is 0")]
+    ("systems", "seeds", "message"), [(("BERT",), (0,), "no system BERT; there are CLAP"), (("CLAP",), (), "no seed")]
 )
 def test_a_grid_that_cannot_be_trained(systems, seeds, message, manifest, captioned, model_config, tmp_path):
     with pytest.raises(ValueError, match=message):

@@ -130,6 +130,42 @@ def test_map_notebook_draws_both_maps_with_and_without_the_discriminator(tiny, f
     assert rows["linear probe, accuracy"].between(0, 1).all() and (rows["modality gap"] > 0).all()
 
 
+@pytest.fixture(scope="module")
+def fsclap(folder, data_root, tiny_text, tiny_whisper):
+    """A grid as 08 writes it, on "mini" with tiny backbones."""
+    run = folder / "fsclap"
+    shown = execute(
+        "08_fsclap_train", folder, corpora="mini", data_root=str(data_root), run=str(run), backbone=tiny_text,
+        speech_backbone=tiny_whisper, epochs=2, batch_size=8, systems="CLAP+MGA-CLAP+FS-CLAP", seeds=2,
+    )  # fmt: skip
+    return run, shown
+
+
+def test_fsclap_training_notebook_writes_a_run_for_each_system_and_seed(fsclap):
+    run, shown = fsclap
+    assert exported(run / "figures", "training", kinds=("png", "svg")) and "<audio controls" in shown
+    for system in ("clap", "mga-clap", "fs-clap"):
+        assert {path.name for path in (run / system).iterdir()} == {"seed0", "seed1"}
+    assert (run / "captions.csv").stat().st_size and (run / "thresholds.json").stat().st_size
+
+
+def test_fsclap_evaluation_notebook_gives_the_papers_tables_the_map_and_the_leak(fsclap, folder, data_root):
+    run, _ = fsclap
+    shown = execute(
+        "09_fsclap_evaluate", folder, run=str(run), data_root=str(data_root), k=4, noise_steps=5,
+        protocol="bi-encoder+masked+rerank+all-pairs",
+    )  # fmt: skip
+    assert exported(run / "tables", "table_1", "table_2", "table_3", "differences", "costs", "noise", "leak")
+    assert exported(run / "figures", "joint_umap_mini", "leak", kinds=("png", "svg"))
+    rows = pd.read_csv(run / "tables" / "table_1.csv")
+    fs_clap = rows[rows["system"] == "FS-CLAP"]
+    assert fs_clap["protocol"].tolist() == ["bi-encoder", "masked", "rerank", "all-pairs"]
+    assert "matched" not in rows["protocol"].tolist() and "LEAKY: diagnosis only" in shown
+    assert "systems/embed.py clap-microsoft" in shown
+    results = runs.read_json(run / "fs-clap" / "seed1" / "results.json")
+    assert 0 <= results["mini/rerank/t2a/map@10"] <= 1 and "mini/masked/a2t/r@1_ci95" in results
+
+
 def test_unknown_parameter_stops_the_run_with_the_known_ones(folder):
     with pytest.raises(
         PapermillExecutionError, match="unknown parameter 'bckbone'; known are: backbone, speech_backbone"
@@ -168,5 +204,10 @@ def test_parameters_that_scripts_rely_on():
     assert declared["05_ablations"] >= {
         "corpora", "data_root", "run", "backbone", "speech_backbone", "seeds", "epochs", "max_steps",
     }  # fmt: skip
+    assert declared["08_fsclap_train"] >= declared["03_train"] & {
+        "backbone", "speech_backbone", "corpora", "data_root", "run", "seed", "device", "level", "finetune",
+        "objective", "epochs", "max_steps",
+    }  # fmt: skip
+    assert declared["09_fsclap_evaluate"] >= {"run", "corpora", "data_root", "split", "protocol"}
     assert declared["06_duration_buckets"] >= {"run", "runs_compared", "corpora", "data_root", "split"}
     assert declared["07_embedding_maps"] >= {"run", "without", "corpora", "data_root", "split", "prompts"}

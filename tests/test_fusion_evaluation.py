@@ -1,0 +1,251 @@
+"""Systems side by side on captions: against an obvious loop, what counts as right, and what no table takes."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from esr_utils import (
+    captions,
+    embeddings_file,
+    fusion_evaluation,
+    fusion_systems,
+    fusion_tables,
+    retriever,
+    runs,
+    weights,
+)
+from esr_utils.config import FusionConfig, FusionTrainConfig
+from esr_utils.embedding import frozen_frames, padded_frames
+from esr_utils.fusion import FusionRetriever
+from esr_utils.manifests import load_corpora, to_cuts
+
+ASKED = ("bi-encoder", "masked", "rerank")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def read_once():
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("load_speech_backbone", "load_text_backbone"):
+            load = functools.cache(getattr(retriever, name))
+            patch.setattr(retriever, name, lambda folder, load=load: copy.deepcopy(load(folder)))
+        yield
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def captioned(manifest, cache):
+    return captions.of_manifest(manifest, per_clip=3, cache=cache)
+
+
+@pytest.fixture(scope="module")
+def grid(manifest, captioned, cache, tiny_text, tiny_whisper, tmp_path_factory) -> dict:
+    model = FusionConfig(speech_backbone=tiny_whisper, text_backbone=tiny_text, dim=16, heads=2)
+    config = FusionTrainConfig(epochs=2, batch_size=6, learning_rate=3e-3)
+    folder = tmp_path_factory.mktemp("grid")
+    return fusion_systems.train_all(
+        manifest, captioned, folder, model, config, (0, 1), ("CLAP", "FS-CLAP"), "", "cpu", cache
+    )
+
+
+@pytest.fixture(scope="module")
+def sets(manifest, captioned):
+    return fusion_evaluation.captioned_sets(manifest, captioned)
+
+
+@pytest.fixture(scope="module")
+def rows(grid, sets, cache):
+    return fusion_evaluation.evaluate(grid, sets, ASKED, 4, "cpu", cache)
+
+
+def test_what_is_right_for_a_caption(sets, captioned):
+    (one,) = sets
+    known = captioned.clips.set_index("utterance_id")
+    told = captioned.table[captioned.table["grammar"] == "seen"]
+    told = told[told["utterance_id"].isin(one.clips["utterance_id"])]
+    for c, text in enumerate(one.captions.texts):
+        for n, clip in enumerate(one.clips["utterance_id"]):
+            right = False
+            for _, row in told[told["caption"] == text].iterrows():
+                named = {a: row[a] for a in ("gender", "pitch", "energy", "tempo", "style") if row[a]}
+                right |= all(known.loc[clip, a] == value for a, value in named.items())
+            assert one.captions.relevant[c, n] == right
+    assert len(one.clips) == 18 and (one.captions.written_for.sum(0) == 1).all()
+    assert all(one.captions.written_for[one.own[n], n] for n in range(18))
+
+
+def test_scores_are_cosines_of_the_vectors_made_alone(rows, grid, sets, manifest, cache):
+    (one,) = sets
+    model = FusionRetriever.load(grid["FS-CLAP"][0] / "best")
+    cuts = to_cuts(manifest[manifest["utterance_id"].isin(one.clips["utterance_id"])])
+    kept = frozen_frames(model, cuts, "recorded", cache)
+    by_id = dict(zip(kept.cut_ids, kept.frames, strict=True))
+    with torch.no_grad():
+        speech = torch.cat([model.encode_speech(padded_frames([by_id[i]])) for i in one.clips["utterance_id"]])
+        scores = (model.encode_text(one.captions.texts) @ speech.T).numpy()
+    expected = one.scorer.retrieval(scores).values
+    (found,) = [row for row in rows if (row.system, row.protocol) == ("FS-CLAP", "masked")]
+    for name in ("a2t/r@1", "t2a/map@10"):
+        assert found.found[0].values[name] == pytest.approx(expected[name], abs=1e-6)
+
+
+def test_rows_and_what_they_cost(rows):
+    assert [(row.system, row.protocol) for row in rows] == [
+        ("CLAP", "bi-encoder"),
+        *(("FS-CLAP", name) for name in ASKED),
+    ]
+    rerank = rows[-1]
+    assert rerank.fusions == 18 * 4 + len({*map(str, range(18))}) * 4 or rerank.fusions > 18 * 4
+    assert rows[0].fusions == rows[1].fusions == 0 and rows[1].ceiling is None
+    assert all(0 <= share <= 1 for share in rerank.ceiling.values())
+    assert all(len(row.found) == 2 for row in rows)
+    costs = fusion_tables.cost_table(rows)
+    assert costs.loc[("mini", "FS-CLAP", "rerank"), "fusions"] == rerank.fusions
+
+
+def test_no_rerank_exceeds_its_ceiling(rows):
+    rerank = rows[-1]
+    for direction in ("a2t", "t2a"):
+        best = max(np.mean([one.values[f"{direction}/r@{k}"] for one in rerank.found]) for k in (1,))
+        assert best <= rerank.ceiling[direction] + 1e-9
+
+
+def test_a_cell_is_the_mean_over_the_seeds_within_its_interval(rows):
+    for row in rows:
+        cell = row.cell("t2a", "map@10")
+        assert cell.value == pytest.approx(np.mean([one.values["t2a/map@10"] for one in row.found]))
+        assert cell.interval[0] <= cell.value <= cell.interval[1]
+
+
+def test_tables_have_the_papers_form_and_the_protocol(rows):
+    one, two = fusion_tables.table_one(rows), fusion_tables.table_two(rows)
+    assert list(one.columns) == [f"{d} R@{k}" for d in ("a2t", "t2a") for k in (1, 5, 10)]
+    assert list(two.columns) == ["a2t mAP@10", "t2a mAP@10"]
+    assert ("mini", "FS-CLAP", "rerank") in one.index and one.index.names[-1] == "protocol"
+    others = [index for index in one.index if index[1] in embeddings_file.SYSTEMS]
+    assert len(others) == 4 and all("systems/embed.py" in index[2] for index in others)
+    three = fusion_tables.table_three(rows, fusion_systems.TABLE_THREE)
+    assert list(three.columns) == ["a2t mAP@10", "a2t R@1", "t2a mAP@10", "t2a R@1"] and len(three) == 4
+
+
+def test_the_papers_rows_stand_beside_ours_on_its_corpora(rows):
+    from dataclasses import replace
+
+    table = fusion_tables.table_two([replace(row, corpus="textrolspeech") for row in rows])
+    assert table.loc[("textrolspeech", "FS-CLAP (paper)", "not stated"), "t2a mAP@10"].value == pytest.approx(0.448)
+    assert not [index for index in table.index if index[0] == "zhvoice"]
+
+
+def test_differences_are_paired_and_of_the_reference(rows, sets):
+    table = fusion_tables.differences(rows, sets, "CLAP")
+    assert set(table["system"]) == {"FS-CLAP"} and len(table) == 3 * 2 * 4
+    row = table[(table["protocol"] == "masked") & (table["direction"] == "t2a") & (table["metric"] == "r@1")].iloc[0]
+    ours, theirs = (np.mean([f.values["t2a/r@1"] for f in rows[i].found]) for i in (2, 0))
+    assert row["difference"].value == pytest.approx(ours - theirs) and 0 <= row["p"] <= 1
+    assert fusion_tables.wide(table).shape == (3, 8)
+    with pytest.raises(ValueError, match="no row of system 'BERT'"):
+        fusion_tables.differences(rows, sets, "BERT")
+
+
+def test_leaky_rows_are_in_no_table_of_results(rows, grid, sets, cache):
+    leaky = fusion_evaluation.evaluate({"FS-CLAP": grid["FS-CLAP"]}, sets, ("matched",), 4, "cpu", cache)
+    for table in (fusion_tables.table_one, fusion_tables.table_two):
+        with pytest.raises(ValueError, match="fuses each clip with its own caption"):
+            table([*rows, *leaky])
+    with pytest.raises(ValueError, match="fuses each clip with its own caption"):
+        fusion_tables.differences([*rows, *leaky], sets, "CLAP")
+    shown = fusion_tables.leak_table([*rows, *leaky])
+    assert shown.loc[("mini", "FS-CLAP", "matched"), "leaky"] == "LEAKY: diagnosis only"
+    assert leaky[0].fusions == 18 and "CLAP" not in shown.index.get_level_values("system")
+
+
+def test_results_are_written_flat_into_each_run(rows, grid):
+    fusion_tables.write_results(grid, rows)
+    found = runs.read_json(grid["FS-CLAP"][1] / "results.json")
+    assert found["mini/masked/t2a/r@1"] == rows[2].found[1].values["t2a/r@1"]
+    assert len(found["mini/rerank/a2t/map@10_ci95"]) == 2 and "mini/matched/t2a/r@1" not in found
+
+
+def test_a_system_that_lives_elsewhere_enters_by_its_file(sets, tmp_path):
+    (one,) = sets
+    rng = np.random.default_rng(0)
+    file = embeddings_file.EmbeddingsFile(
+        "clap-microsoft", "2023", "MIT", "recorded", one.clips["utterance_id"].tolist(), one.captions.texts,
+        rng.normal(size=(len(one.clips), 4)).astype(np.float32),
+        rng.normal(size=(len(one.captions.texts), 4)).astype(np.float32),
+    )  # fmt: skip
+    file.write(tmp_path / "clap-microsoft")
+    (row,) = fusion_evaluation.from_folder(tmp_path, sets)
+    assert (row.system, row.protocol, row.corpus) == ("clap-microsoft", "bi-encoder", "mini")
+    table = fusion_tables.table_one([row])
+    assert len([index for index in table.index if "systems/embed.py" in index[2]]) == 3
+    assert fusion_evaluation.from_folder("", sets) == []
+
+
+def test_a_clip_past_30_s_is_its_windows_one_after_another(own_corpus, grid, cache, tmp_path):
+    import soundfile
+
+    clip = own_corpus.iloc[[0]].copy()
+    audio, rate = soundfile.read(f"{clip['root'].iloc[0]}/{clip['path'].iloc[0]}")
+    long = np.tile(audio, int(35 * rate / len(audio)) + 1)[: 35 * rate]
+    soundfile.write(tmp_path / "mini" / "long.wav", long, rate)
+    clip = clip.assign(path="long.wav", duration_s=35.0)
+    model = FusionRetriever.load(grid["CLAP"][0] / "best")
+    (frames,) = fusion_evaluation.clip_frames(model, clip, "recorded", cache)
+    assert abs(frames.shape[1] - 35 * 50 / 4) <= 6
+
+
+def test_a_clip_that_cannot_be_used_is_named(own_corpus, grid, cache):
+    clip = own_corpus.iloc[[0]]
+    path = f"{clip['root'].iloc[0]}/{clip['path'].iloc[0]}"
+    with open(path, "wb") as file:
+        file.write(b"no audio")
+    model = FusionRetriever.load(grid["CLAP"][0] / "best")
+    with pytest.raises(ValueError, match=f"1 clips cannot be used .{clip['utterance_id'].iloc[0]}"):
+        fusion_evaluation.clip_frames(model, clip, "recorded", cache)
+
+
+def test_the_space_of_each_system(grid, sets, cache):
+    (one,) = sets
+    spaces = fusion_evaluation.joint_spaces(grid, one, "cpu", cache)
+    assert [title.split(",")[0] for title in spaces] == ["CLAP", "FS-CLAP"]
+    for vectors, about in spaces.values():
+        assert len(vectors) == len(about) == 18 + len(one.captions.texts)
+        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
+
+
+def test_a_split_without_captions_is_refused(manifest, captioned):
+    nothing = captions.Captioned(captioned.table.head(0), captioned.clips, None, captioned.left_out)
+    with pytest.raises(ValueError, match="no clip of split 'test' has a caption of grammar 'seen'"):
+        fusion_evaluation.captioned_sets(manifest, nothing)
+
+
+def test_a_corpus_with_captions_of_its_own(data_root, tmp_path, cache, manifest):
+    own = manifest.assign(caption="The voice number " + manifest["speaker"].astype("category").cat.codes.astype(str))
+    told = captions.of_manifest(own, cache=cache)
+    assert set(told.table["grammar"]) == {"free"} and told.thresholds is None
+    (one,) = fusion_evaluation.captioned_sets(own, told)
+    assert len(one.captions.texts) == 3 and (one.captions.relevant.sum(1) == 6).all()
+
+
+def test_a_grid_that_is_not_there(tmp_path):
+    with pytest.raises(weights.WeightsError, match="holds no finished system: run notebook 08_fsclap_train"):
+        fusion_systems.load_grid(tmp_path / "nothing")
+
+
+def test_a_grid_is_read_back(grid, data_root, monkeypatch):
+    folder = grid["CLAP"][0].parents[1]
+    assert fusion_systems.load_grid(folder) == {"CLAP": grid["CLAP"], "FS-CLAP": grid["FS-CLAP"]}
+    monkeypatch.setenv("ESR_DATA", str(data_root))
+    clips, told = fusion_systems.clips_of_grid(grid)
+    pd.testing.assert_frame_equal(clips, load_corpora("mini", data_root))
+    assert fusion_systems.summary(grid).shape[0] == 4 and len(told.table)
