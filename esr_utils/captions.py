@@ -31,9 +31,12 @@ CACHE = runs.RUNS / "cache"
 UNITS = {
     "pitch": "Hz, median over voiced frames",
     "energy": "dBFS, mean over active frames",
-    "tempo": "energy peaks a second",
+    "tempo": "energy peaks a second, from the first active frame to the last",
 }
 COLUMNS = ("utterance_id", "caption", *ATTRIBUTES, "grammar")
+VOICED = (
+    0.12  # share of periodic frames below which a clip has no pitch: whispers have under 0.1, speech mostly over 0.17
+)
 OMITTED = 0.25  # of each attribute, in a training sentence: people seldom name them all
 FEWEST = 3  # train clips of a gender that have tertiles
 _TRIES = 20  # draws for each sentence that is to differ from the clip's others
@@ -54,13 +57,13 @@ def measures(manifest: pd.DataFrame, cache: Path | None = CACHE) -> tuple[pd.Dat
     found = acoustics.measure(to_cuts(manifest), cache)
     skipped = found.attrs["skipped"]
     found = found.reindex(manifest["utterance_id"])
-    voiced = found["f0_hz"] > 0
+    voiced = found["periodic_share"] >= VOICED
     table = pd.DataFrame(
-        {"pitch": found["f0_hz"].where(voiced), "energy": found["energy_db"], "tempo": found["tempo_hz"]}
+        {"pitch": found["f0_hz"].where(voiced), "energy": found["energy_db"], "tempo": found["rate_hz"]}
     )
     table = table.rename_axis("utterance_id")
     left_out = [(name, attribute, f"audio {reason}") for name, reason in skipped.items() for attribute in UNITS]
-    left_out += [(name, "pitch", "no voiced frames") for name in table.index[~voiced] if name not in skipped]
+    left_out += [(name, "pitch", "hardly any voiced frames") for name in table.index[~voiced] if name not in skipped]
     return table, _left_out(left_out)
 
 
