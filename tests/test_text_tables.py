@@ -112,7 +112,7 @@ print(peak())
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_memory_grows_by_little_a_row(tmp_path: Path) -> None:
-    """Label JSON to manifest, written, validated and loaded: at most 1.6 KiB a row, 0.4 of it the headers' cache.
+    """Label JSON to manifest, written, validated and loaded: at most 1.9 KiB a row, 0.4 of it the headers' cache.
 
     670,070 rows take 0.75 GiB in all (`benchmarks/large_corpus.py`).
     """
@@ -133,4 +133,4 @@ def test_memory_grows_by_little_a_row(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _STAGES, str(tmp_path), str(rows)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
     before, after = map(float, done.stdout.split())
-    assert after - before < 1.6 * rows / 2**10 and before < 200, (before, after)
+    assert after - before < 1.9 * rows / 2**10 and before < 200, (before, after)
