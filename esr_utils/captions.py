@@ -23,7 +23,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
-from esr_utils import acoustics, runs
+from esr_utils import acoustics, runs, weights
 from esr_utils.grammar import ATTRIBUTES, LEVELS, Grammar, load_grammars
 from esr_utils.manifests import to_cuts
 
@@ -39,6 +39,7 @@ VOICED = (
 )
 OMITTED = 0.25  # of each attribute, in a training sentence: people seldom name them all
 FEWEST = 3  # train clips of a gender that have tertiles
+_HAN = "[\u3400-\u9fff]"
 _TRIES = 20  # draws for each sentence that is to differ from the clip's others
 
 # --- measuring
@@ -257,6 +258,19 @@ def free_captions(manifest: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**dict.fromkeys(ATTRIBUTES, ""), grammar="free")[list(COLUMNS)]
 
 
+def check_language(captions: pd.DataFrame, text_backbone: str) -> None:
+    """Refuses captions in Mandarin for a text backbone that `weights` has a name for: all of those know English alone.
+
+    Raises:
+        ValueError: says what to give instead.
+    """
+    english = {*weights.PACKAGED, *weights.HUB, *(hub_id for hub_id, _ in weights.HUB.values())}
+    english |= {packaged.hub_id for packaged in weights.PACKAGED.values()}
+    if text_backbone in english and captions["caption"].str.contains(_HAN).any():
+        advice = "give the folder of a multilingual text backbone"
+        raise ValueError(f"captions are Mandarin, of which {text_backbone!r} knows nothing: {advice}")
+
+
 # --- which clips a caption is right for
 
 
@@ -304,7 +318,7 @@ def _same_text(captions: pd.DataFrame, clips: pd.DataFrame) -> NDArray[np.bool_]
 
 # --- describing
 
-_WORD = re.compile(r"[㐀-鿿]|[^\W\d_]+(?:['’-][^\W\d_]+)*")  # a Han character counts as a word
+_WORD = re.compile(_HAN + r"|[^\W\d_]+(?:['’-][^\W\d_]+)*")  # a Han character counts as a word
 
 
 def describe(captions: pd.DataFrame, manifest: pd.DataFrame) -> pd.DataFrame:

@@ -249,6 +249,15 @@ def test_relevance_by_hand() -> None:
     assert relevance(table.iloc[:0], clips).shape == (0, 4)
 
 
+def test_mandarin_needs_a_backbone_that_knows_it() -> None:
+    table = pd.DataFrame({"caption": ["A man", "伤心难过"]})
+    for name in ("minilm", "roberta", "FacebookAI/roberta-base"):
+        with pytest.raises(ValueError, match=f"Mandarin, of which '{name}' knows nothing: give the folder of a"):
+            captions.check_language(table, name)
+        captions.check_language(table.iloc[:1], name)
+    captions.check_language(table, "/models/multilingual-minilm")
+
+
 # --- describing
 
 
