@@ -34,9 +34,7 @@ UNITS = {
     "tempo": "energy peaks a second, from the first active frame to the last",
 }
 COLUMNS = ("utterance_id", "caption", *ATTRIBUTES, "grammar")
-VOICED = (
-    0.12  # share of periodic frames below which a clip has no pitch: whispers have under 0.1, speech mostly over 0.17
-)
+VOICED = 0.12  # share of periodic frames below which a clip has no pitch: whispers have under 0.1, most speech 0.17
 OMITTED = 0.25  # of each attribute, in a training sentence: people seldom name them all
 FEWEST = 3  # train clips of a gender that have tertiles
 _HAN = "[\u3400-\u9fff]"
