@@ -115,7 +115,7 @@ print(peak())
 def test_memory_grows_by_little_a_row(tmp_path: Path) -> None:
     """Label JSON to manifest, written, validated and loaded: at most 2.6 KiB a row, part of it what is of fixed size.
 
-    It takes 1.6, or 2.4 where pandas finds pyarrow, and holds text in its arrays. 670,070 rows take 0.75 GiB in all, and
+    It takes 1.6, or 2.4 where pandas finds pyarrow and holds text in it. 670,070 rows take 0.75 GiB in all, and
     what json and pandas hold of whole files is 2.9 a row (`benchmarks/large_corpus.py`).
     """
     rows, root = 60_000, tmp_path / "gigaspeech-m"
