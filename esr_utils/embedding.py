@@ -8,8 +8,6 @@ of speech.
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +24,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from esr_utils import batches, runs, weights
+from esr_utils.audio_files import ContentNames
 from esr_utils.config import SAMPLE_RATE, Level
 from esr_utils.retriever import StyleRetriever, pool
 from esr_utils.speech import SpeechBackbone
@@ -48,23 +47,12 @@ class FrameCache:
         kind = f"{type(backbone).__name__}-{weights.fingerprint(backbone)[:12]}-{level}-{_FORMAT}"
         self.folder = folder / (kind + "-last" * last_only)
         self.backbone, self.shape = backbone, (1 if last_only else backbone.n_layers, backbone.dim)
-        self._digests: dict[tuple, str] = {}
+        self._names = ContentNames()
 
     def path(self, cut: Cut) -> Path:
         """Where the frames of this cut are, or would be."""
-        parts = [cut.start, cut.duration, str(getattr(cut, "channel", 0))]
-        for source in cut.recording.sources:
-            parts.append(self._digest(source.source))
-        name = hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+        name = self._names.name(cut)
         return self.folder / name[:2] / f"{name}.safetensors"
-
-    def _digest(self, path: str) -> str:
-        status = os.stat(path)
-        key = (path, status.st_size, status.st_mtime_ns)  # a file cut into many segments is read once
-        if key not in self._digests:
-            with open(path, "rb") as file:
-                self._digests[key] = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-        return self._digests[key]
 
     def read(self, cut: Cut) -> tuple[Tensor, Tensor] | None:
         """Frames (L, T, D) fp16 and which carry speech (T,) bool, or None if they are not there whole."""

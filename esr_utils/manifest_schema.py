@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 import pandera.pandas as pa
 
@@ -35,9 +36,7 @@ SCHEMA = pa.DataFrameSchema(
         "utterance_id": pa.Column(
             str,
             pa.Check.str_matches(rf"^{_ID}\Z", error="is not of the form <corpus>/<id>"),
-            unique=True,
-            report_duplicates="exclude_first",
-        ),
+        ),  # and unique, which `table_problems` sees to: a part of the table cannot tell
         "path": _text(_filled()),
         "corpus": _text(_filled()),
         "split": _text(pa.Check.isin(SPLITS, error=f"is not one of {', '.join(SPLITS)}")),
@@ -59,8 +58,9 @@ SCHEMA = pa.DataFrameSchema(
 )
 COLUMNS = tuple(SCHEMA.columns)
 NUMERIC = ("start_s", "end_s", "channel", "duration_s")
-# pandera's own names for two failures, in plain words
-_REASONS = {"field_uniqueness": "is the id of an earlier row too", "not_nullable": "is empty"}
+# pandera's own name for a failure, in plain words
+_REASONS = {"not_nullable": "is empty"}
+_PART = 1 << 16  # rows that pandera, which copies what it checks, is given at a time
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,11 @@ def typed(manifest: pd.DataFrame) -> tuple[pd.DataFrame, list[Found]]:
     manifest, found = manifest.reset_index(drop=True), []
     for column in manifest.columns.intersection(list(COLUMNS)):
         convert, empty, dtype, kind = _TYPES.get(column, _TEXT)
+        if _sound(manifest[column], dtype):
+            continue
+        if column in NUMERIC and manifest[column].dtype == "str" and (manifest[column] == "").all():
+            manifest[column] = pd.array([empty], dtype=dtype).take([0] * len(manifest))
+            continue
         cells = []
         for position, cell in enumerate(manifest[column]):
             try:
@@ -110,6 +115,22 @@ def typed(manifest: pd.DataFrame) -> tuple[pd.DataFrame, list[Found]]:
                 found.append((position, column, f"{cell!r} is not {kind}"))
         manifest[column] = pd.array(cells, dtype=dtype)
     return manifest, found
+
+
+def _sound(column: pd.Series, dtype: str) -> bool:
+    """Whether the column has its type already, and holds nothing that a cell may not."""
+    if column.dtype != dtype:
+        return False
+    if dtype != "str":
+        return dtype == "Int64" or not np.isinf(column).any()
+    if column.isna().any():
+        return False
+    try:
+        for start in range(0, len(column), _PART):
+            "".join(column.iloc[start : start + _PART]).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _storable(cell: object) -> str:
@@ -139,8 +160,26 @@ _TYPES["channel"] = (_whole, pd.NA, "Int64", "a whole number")
 def table_problems(manifest: pd.DataFrame) -> list[Found]:
     """What in a typed table does not keep to the schema."""
     found: list[Found] = []
+    known = manifest[manifest.columns.intersection(list(COLUMNS))]
+    for start in range(0, max(len(manifest), 1), _PART):
+        found += _part_problems(known.iloc[start : start + _PART])
+    if "utterance_id" in manifest:
+        ids = manifest["utterance_id"]
+        again = ids.duplicated() & (ids != "")
+        reason = "is the id of an earlier row too"
+        found += [(i, "utterance_id", f"{ids[i]!r} {reason}") for i in again.to_numpy().nonzero()[0].tolist()]
+    if {"utterance_id", "corpus"} <= set(manifest.columns):
+        # not by str.split, which makes a list and two texts of every id and holds them all
+        pairs = enumerate(zip(manifest["utterance_id"], manifest["corpus"], strict=True))
+        for position in [i for i, (name, corpus) in pairs if name.partition("/")[0] != corpus]:
+            found.append((position, "corpus", f"{manifest['corpus'][position]!r} does not begin the utterance_id"))
+    return found
+
+
+def _part_problems(part: pd.DataFrame) -> list[Found]:
+    found: list[Found] = []
     try:
-        SCHEMA.validate(manifest, lazy=True)
+        SCHEMA.validate(part, lazy=True)
     except pa.errors.SchemaErrors as errors:
         for case in errors.failure_cases.to_dict("records"):
             if case["check"] == "column_in_dataframe":
@@ -149,10 +188,6 @@ def table_problems(manifest: pd.DataFrame) -> list[Found]:
             cell, reason = case["failure_case"], _REASONS.get(case["check"], case["check"])
             reason = "is empty" if cell == "" or pd.isna(cell) else f"{cell!r} {reason}"
             found.append((int(case["index"]), case["column"], reason))
-    if {"utterance_id", "corpus"} <= set(manifest.columns):
-        ids = manifest["utterance_id"].str.split("/").str[0]
-        for position in (ids != manifest["corpus"]).to_numpy().nonzero()[0].tolist():
-            found.append((position, "corpus", f"{manifest['corpus'][position]!r} does not begin the utterance_id"))
     return found
 
 

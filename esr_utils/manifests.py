@@ -6,17 +6,14 @@ holds `manifest.csv`. Columns the schema does not know are kept, as text.
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
-from lhotse import CutSet, MonoCut, MultiCut, Recording
-from lhotse.audio import AudioSource
 
-from esr_utils.audio_files import LENGTH_TOLERANCE_S, AudioError, Header, check_audio, read_header
+from esr_utils.audio_files import LENGTH_TOLERANCE_S, AudioError, Folder, Header, check_audio
 from esr_utils.corpora import CorpusError, corpus_folder, manifest_file, prepare, reading
 from esr_utils.manifest_schema import (
     COLUMNS,
@@ -29,7 +26,10 @@ from esr_utils.manifest_schema import (
     table_problems,
     typed,
 )
-from esr_utils.runs import atomic_path
+from esr_utils.text_tables import in_parts, read_table, write_table
+
+if TYPE_CHECKING:  # lhotse brings torch; a corpus is made into a manifest without them, in 400 MB less
+    from lhotse import CutSet, MonoCut, MultiCut, Recording
 
 
 def validate(manifest: pd.DataFrame, root: str | Path, read_data: bool = False) -> pd.DataFrame:
@@ -59,10 +59,11 @@ def validate(manifest: pd.DataFrame, root: str | Path, read_data: bool = False) 
 
 
 def _audio_problems(manifest: pd.DataFrame, root: str | Path, read_data: bool, garbled: set) -> Iterator[Found]:
+    folder = Folder(root)
     for position, row in enumerate(manifest[["path", *NUMERIC]].itertuples(index=False)):
         if not row.path or position in garbled:
             continue  # reported already
-        header, reasons = _matched(row, root)
+        header, reasons = _matched(row, folder)
         if read_data and not reasons:
             channel = None if pd.isna(row.channel) else int(row.channel)
             try:
@@ -72,10 +73,10 @@ def _audio_problems(manifest: pd.DataFrame, root: str | Path, read_data: bool, g
         yield from ((position, column, reason) for column, reason in reasons)
 
 
-def _matched(row: tuple, root: str | Path) -> tuple[Header | None, list[tuple[str, str]]]:
+def _matched(row: tuple, folder: Folder) -> tuple[Header | None, list[tuple[str, str]]]:
     """The header of a row's file, and what is wrong: (column, reason)."""
     try:
-        header = read_header(root, row.path)
+        header = folder.header(row.path)
     except AudioError as error:
         return None, [("path", f"{row.path!r} {error}")]
     return header, list(_misfits(row, header))
@@ -100,34 +101,6 @@ def _misfits(row: tuple, header: Header) -> Iterator[tuple[str, str]]:
         yield "duration_s", f"{row.duration_s:g} does not match the audio, {end_s - start_s:.3f} s"
 
 
-def read_table(path: str | Path) -> pd.DataFrame:
-    """A CSV (UTF-8, with or without a byte order mark) as text, cell by cell as it was written.
-
-    Raises:
-        FileNotFoundError: it is not there.
-        ManifestError: not CSV, or cut short: no header, a name twice in it, a row with more or fewer cells.
-    """
-    header, rows, problems = [], [], []
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file, strict=True)
-        try:
-            header = next(reader, [])
-            for row in reader:
-                rows.append(row)
-                if len(row) != len(header):
-                    identity = row[0] if row else ""
-                    problems.append(Problem(reader.line_num, identity, "", f"has {len(row)} cells of {len(header)}"))
-        except (csv.Error, UnicodeDecodeError) as error:
-            problems.append(Problem(reader.line_num + 1, "", "", f"is not UTF-8 CSV: {error}"))
-    if not header:
-        problems.insert(0, Problem(1, "", "", "has no header"))
-    twice = sorted({name for name in header if header.count(name) > 1})
-    problems += [Problem(1, "", name, "two columns have this name") for name in twice]
-    if problems:
-        raise ManifestError(problems, str(path))
-    return pd.DataFrame(rows, columns=header, dtype="str")
-
-
 def read_manifest(path: str | Path, *, check: bool = True) -> pd.DataFrame:
     """Reads and validates a manifest; its files are looked for in the folder that holds it.
 
@@ -150,30 +123,29 @@ def write_manifest(manifest: pd.DataFrame, path: str | Path) -> None:
     Raises:
         ManifestError: nothing was written, and an older file is untouched.
     """
-    path = Path(path)
-    manifest = validate(manifest, path.parent).drop(columns="root", errors="ignore")
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)  # ends lines with CR LF, and so quotes cells that hold either
-    writer.writerow(manifest.columns)
-    writer.writerows(manifest.astype(object).where(manifest.notna(), "").itertuples(index=False))
-    data = text.getvalue().encode()
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(data)
+    write_table(validate(manifest, Path(path).parent).drop(columns="root", errors="ignore"), path)
 
 
-def build_manifest(rows: list[dict], left_out: dict[str, str]) -> pd.DataFrame:
+def build_manifest(rows: Iterable[dict], left_out: dict[str, str]) -> pd.DataFrame:
     """A manifest from dicts that may lack columns. `left_out` maps each file not taken to the reason.
+
+    Both may fill while the rows are read, which need not all be in memory as dicts.
 
     Returns:
         The manifest; `.attrs["left_out"]` counts the reasons, `.attrs["left_out_files"]` names the files.
     Raises:
         ManifestError: cells that should be numbers and are not.
     """
-    manifest = pd.DataFrame(rows)
-    extra = [column for column in manifest.columns if column not in COLUMNS]
-    manifest, found = typed(manifest.reindex(columns=[*COLUMNS, *extra]))
-    if found:
-        raise ManifestError(located(manifest, found), "rows")
+    parts, extra = [], {}
+    for part in in_parts(rows):
+        table = pd.DataFrame(part)
+        extra |= dict.fromkeys(column for column in table.columns if column not in COLUMNS)
+        table, found = typed(table.reindex(columns=[*COLUMNS, *extra]))
+        if found:
+            raise ManifestError(located(table, found), "rows")
+        parts.append(table)
+    manifest = pd.concat(parts, ignore_index=True) if parts else typed(pd.DataFrame(columns=list(COLUMNS)))[0]
+    manifest[list(extra)] = manifest[list(extra)].fillna("")
     reasons = pd.Series(left_out, dtype=object).value_counts()
     manifest.attrs = {
         "left_out": {str(k): int(n) for k, n in reasons.items()},
@@ -210,7 +182,7 @@ def load_corpora(names: str | Sequence[str], data_root: str | Path | None = None
         ready = folder / manifest_file(name)
         manifest = read_manifest(ready) if ready.is_file() else validate(prepare(name, folder), folder)
         loaded.append(with_root(manifest, folder))
-    together = pd.concat(loaded, ignore_index=True)
+    together = pd.concat(loaded, ignore_index=True) if len(loaded) > 1 else loaded[0]
     extra = [column for column in together.columns if column not in COLUMNS]
     together[extra] = together[extra].fillna("")
     if together["utterance_id"].duplicated().any():
@@ -309,13 +281,16 @@ def to_cuts(manifest: pd.DataFrame, root: str | Path | None = None) -> CutSet:
     if root is None and "root" not in manifest:
         raise ValueError("to_cuts needs the corpus folder: pass root=, or load the manifest with load_corpora")
     own = ["utterance_id", "path", "corpus", *NUMERIC]
+    from lhotse import CutSet
+
     custom = manifest.drop(columns=["path", *NUMERIC, "root"], errors="ignore").to_dict("records")
     roots = manifest["root"] if root is None else [root] * len(manifest)
+    folders = {folder: Folder(folder) for folder in set(roots)}
     recordings: dict[str, Recording] = {}
     cuts, found = [], []
     rows = manifest[own].itertuples(index=False)
     for position, (row, folder, rest) in enumerate(zip(rows, roots, custom, strict=True)):
-        header, reasons = _matched(row, folder)
+        header, reasons = _matched(row, folders[folder])
         found += [(position, column, reason) for column, reason in reasons]
         if not reasons:
             recording = recordings.setdefault(header.path, _recording(row, header))
@@ -326,6 +301,9 @@ def to_cuts(manifest: pd.DataFrame, root: str | Path | None = None) -> CutSet:
 
 
 def _recording(row: tuple, header: Header) -> Recording:
+    from lhotse import Recording
+    from lhotse.audio import AudioSource
+
     channels = list(range(header.channels))
     source = AudioSource(type="file", channels=channels, source=header.path)
     identity = f"{row.corpus}/{row.path}"
@@ -333,6 +311,8 @@ def _recording(row: tuple, header: Header) -> Recording:
 
 
 def _cut(row: tuple, recording: Recording, custom: dict) -> MonoCut | MultiCut:
+    from lhotse import MonoCut, MultiCut
+
     start_s, end_s = _range_s(row, recording.duration)
     # whole samples, none past the end: lhotse refuses a cut that comes up short
     rate = recording.sampling_rate

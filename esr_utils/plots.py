@@ -240,7 +240,9 @@ def recall_by_duration(table: pd.DataFrame, protocols: dict[str, str], ks: tuple
 
 def players(hits: pd.DataFrame, query: str = "") -> HTML:
     """Manifest rows, or search hits, as a table with a player each (at most 30 s, level normalised, FLAC)."""
-    columns = [name for name in ("rank", "score", "style", "text", "utterance_id") if name in hits]
+    columns = [name for name in ("rank", "score", "style", "caption", "text", "utterance_id") if name in hits]
+    if "caption" in hits and (hits["caption"] == "").all():
+        columns.remove("caption")
     rows = []
     cuts = {cut.custom["utterance_id"]: cut for cut in to_cuts(hits)}
     for hit in hits.to_dict("records"):

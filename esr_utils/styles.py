@@ -86,6 +86,20 @@ CORPUS_STYLES: dict[str, dict[str, str]] = {
 }
 
 
+# The emotions of the captioned corpora (textrolspeech, promptspeech, gigaspeech-m), in lower case. A label that is not
+# here, such as contempt, has no style.
+CAPTIONED_STYLES: dict[str, str] = {
+    **{style: style for style in ("angry", "disgusted", "fearful", "happy", "neutral", "sad", "sleepy", "surprised")},
+    "anger": "angry",
+    "disgust": "disgusted",
+    "fear": "fearful",
+    "happiness": "happy",
+    "sadness": "sad",
+    "sleepiness": "sleepy",
+    "surprise": "surprised",
+}
+
+
 def style_table() -> pd.DataFrame:
     """`CORPUS_STYLES` as rows of corpus, style_raw (the corpus's label) and style."""
     rows = [(corpus, raw, style) for corpus, labels in CORPUS_STYLES.items() for raw, style in labels.items()]

@@ -13,10 +13,10 @@ ROOT = Path(esr_utils.__file__).parent
 
 LAYERS = {
     "leaves": (
-        "config", "runs", "weights", "styles", "wording", "prompts", "metrics", "intervals", "losses", "audio_files",
-        "manifest_schema", "modality", "tables", "paper", "processes",
+        "config", "runs", "weights", "styles", "wording", "prompts", "grammar", "metrics", "intervals", "losses",
+        "audio_files", "manifest_schema", "text_tables", "modality", "tables", "paper", "processes",
     ),
-    "data": ("manifests", "corpora", "provenance", "batches", "acoustics", "trials", "scoring", "controls"),
+    "data": ("manifests", "corpora", "provenance", "batches", "acoustics", "captions", "trials", "scoring", "controls"),
     "models": ("speech", "text", "chat", "retriever", "embedding"),
     "top": (
         "objective", "checkpoints", "training", "evaluation", "comparison", "ablations", "spaces", "index",

@@ -20,7 +20,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import pandas as pd
 
-CORPORA = ("demo", "iemocap", "esd", "expresso", "expresso-paper", "ravdess", "emodb", "nemo", "folder")
+CORPORA = (
+    "demo", "iemocap", "esd", "expresso", "expresso-paper", "ravdess", "emodb", "nemo", "textrolspeech", "promptspeech",
+    "gigaspeech-m", "zhvoice", "secap_test", "folder",
+)  # fmt: skip
 
 # variant → the corpus whose folder it reads, and what that corpus's `prepare` is told
 VARIANTS: dict[str, tuple[str, dict]] = {"expresso-paper": ("expresso", {"paper_compat": True})}
@@ -44,7 +47,7 @@ def corpus_module(name: str) -> ModuleType:
             "its manifest.csv: esr_utils.corpora.folder makes one, as data_manifests/README.md tells."
         )
     # imported when asked for: the corpus modules build manifests, and manifests.py imports this registry
-    return import_module(f"esr_utils.corpora.{reading(name)[0]}")
+    return import_module(f"esr_utils.corpora.{reading(name)[0].replace('-', '_')}")
 
 
 def reading(name: str) -> tuple[str, dict]:

@@ -1,0 +1,349 @@
+"""Attribute captions: sentences about a clip's gender, pitch, energy, tempo and style, as TextrolSpeech has them.
+
+Pitch (median F0), energy (level of the active frames) and tempo are measured on the audio as recorded, and are low,
+normal or high by the tertiles of the clip's corpus and gender, which are fitted on the train split alone. A grammar
+(`esr_utils.grammar`) writes sentences from that. So any labelled corpus is a captioned one.
+
+A captions table has the columns utterance_id, caption, the attributes that the sentence names (gender, pitch, energy,
+tempo, style; "" where it does not) and grammar: `seen`, `held_out`, or `free` for a corpus's own captions.
+`text_tables.write_table` and `read_table` write and read it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.sparse import csr_array
+
+from esr_utils import acoustics, runs, weights
+from esr_utils.grammar import ATTRIBUTES, LEVELS, Grammar, load_grammars
+from esr_utils.manifests import to_cuts
+
+CACHE = runs.RUNS / "cache"
+UNITS = {
+    "pitch": "Hz, median over voiced frames",
+    "energy": "dBFS, mean over active frames",
+    "tempo": "energy peaks a second, from the first active frame to the last",
+}
+COLUMNS = ("utterance_id", "caption", *ATTRIBUTES, "grammar")
+VOICED = 0.12  # share of periodic frames below which a clip has no pitch: whispers have under 0.1, most speech 0.17
+OMITTED = 0.25  # of each attribute, in a training sentence: people seldom name them all
+FEWEST = 3  # train clips of a gender that have tertiles
+_HAN = "[\u3400-\u9fff]"
+_TRIES = 20  # draws for each sentence that is to differ from the clip's others
+
+# --- measuring
+
+
+def measures(manifest: pd.DataFrame, cache: Path | None = CACHE) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Pitch, energy and tempo of each clip, in UNITS, NaN where they cannot be measured.
+
+    Args:
+        manifest: with the column `root` (`manifests.load_corpora`).
+        cache: where a clip's measures are kept, by the content of its audio; None keeps nothing.
+    Returns:
+        Measures, indexed by utterance_id in the manifest's order; and what is left out: columns utterance_id,
+        attribute, reason.
+    """
+    found = acoustics.measure(to_cuts(manifest), cache)
+    skipped = found.attrs["skipped"]
+    found = found.reindex(manifest["utterance_id"])
+    voiced = found["periodic_share"] >= VOICED
+    table = pd.DataFrame(
+        {"pitch": found["f0_hz"].where(voiced), "energy": found["energy_db"], "tempo": found["rate_hz"]}
+    )
+    table = table.rename_axis("utterance_id")
+    left_out = [(name, attribute, f"audio {reason}") for name, reason in skipped.items() for attribute in UNITS]
+    left_out += [(name, "pitch", "hardly any voiced frames") for name in table.index[~voiced] if name not in skipped]
+    return table, _left_out(left_out)
+
+
+def _left_out(rows: list[tuple[str, str, str]]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=["utterance_id", "attribute", "reason"], dtype="str")
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Tertiles by corpus, gender and attribute: below the first is low, above the second is high.
+
+    Attributes:
+        tertiles: {corpus: {gender: {attribute: (first, second)}}}, in UNITS.
+        clips: {corpus: {gender: train clips they were fitted on}}.
+    """
+
+    tertiles: Mapping[str, Mapping[str, Mapping[str, tuple[float, float]]]]
+    clips: Mapping[str, Mapping[str, int]]
+
+    @classmethod
+    def fit(cls, manifest: pd.DataFrame, measured: pd.DataFrame) -> Thresholds:
+        """From the train split alone, each corpus and gender by itself.
+
+        A tertile is at (n - 1) / 3 of the sorted values, counted from 0, interpolated.
+        """
+        train = manifest[(manifest["split"] == "train") & manifest["gender"].isin(ATTRIBUTES["gender"])]
+        tertiles: dict[str, dict] = {}
+        clips: dict[str, dict] = {}
+        for (corpus, gender), part in train.groupby(["corpus", "gender"]):
+            values = measured.loc[part["utterance_id"]]
+            enough = [attribute for attribute in UNITS if values[attribute].notna().sum() >= FEWEST]
+            quantiles = {key: np.nanquantile(values[key], [1 / 3, 2 / 3]).tolist() for key in enough}
+            tertiles.setdefault(corpus, {})[gender] = {key: tuple(pair) for key, pair in quantiles.items()}
+            clips.setdefault(corpus, {})[gender] = len(part)
+        return cls(tertiles, clips)
+
+    def level(self, corpus: str, gender: str, attribute: str, value: float) -> str:
+        """low, normal or high; "" where there are no tertiles or no value."""
+        pair = self.tertiles.get(corpus, {}).get(gender, {}).get(attribute)
+        if pair is None or np.isnan(value):
+            return ""
+        return LEVELS[int(value >= pair[0]) + int(value > pair[1])]
+
+    def table(self) -> pd.DataFrame:
+        """A row per corpus, gender and attribute: its tertiles, unit and train clips."""
+        rows = [
+            (corpus, gender, attribute, *pair, UNITS[attribute], self.clips[corpus][gender])
+            for corpus, genders in self.tertiles.items()
+            for gender, attributes in genders.items()
+            for attribute, pair in attributes.items()
+        ]
+        return pd.DataFrame(rows, columns=["corpus", "gender", "attribute", "low below", "high above", "unit", "clips"])
+
+    def save(self, path: str | Path) -> None:
+        """Writes JSON, atomically."""
+        runs.write_json(path, {"units": UNITS, "level": "as recorded", "clips": self.clips, "tertiles": self.tertiles})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Thresholds:
+        """Reads what `save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not such a file, or thresholds in other units.
+        """
+        data = runs.read_json(path)
+        try:
+            if data["units"] != UNITS:
+                raise ValueError(f"its units are {data['units']}; needed are {UNITS}")
+            tertiles = {
+                corpus: {
+                    gender: {key: (float(pair[0]), float(pair[1])) for key, pair in attributes.items()}
+                    for gender, attributes in genders.items()
+                }
+                for corpus, genders in data["tertiles"].items()
+            }
+            return cls(tertiles, data["clips"])
+        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path} holds no thresholds of attributes: {error}") from None
+
+
+def clip_attributes(
+    manifest: pd.DataFrame, thresholds: Thresholds | None = None, cache: Path | None = CACHE
+) -> tuple[pd.DataFrame, Thresholds, pd.DataFrame]:
+    """What is known of each clip: gender, levels of pitch, energy and tempo, style; "" where it is not.
+
+    Args:
+        thresholds: None fits them on the manifest's train split.
+    Returns:
+        Columns utterance_id, split, caption (the corpus's own) and the attributes, in the manifest's order; the
+        thresholds; and what is left out: columns utterance_id, attribute, reason.
+    Raises:
+        ValueError: no thresholds, and no train clip of a known gender to fit them on.
+    """
+    measured, left_out = measures(manifest, cache)
+    if thresholds is None:
+        thresholds = Thresholds.fit(manifest, measured)
+        if not thresholds.tertiles:
+            raise ValueError("no train clip of a known gender, on which tertiles could be fitted: pass thresholds")
+    clips = manifest[["utterance_id", "split", "caption", "gender", "style"]].reset_index(drop=True)
+    known = manifest["gender"].isin(ATTRIBUTES["gender"]).to_numpy()
+    clips["gender"] = clips["gender"].where(known, "")
+    more = [(name, "gender", "not known") for name in clips["utterance_id"][~known]]
+    places = list(zip(clips["utterance_id"], manifest["corpus"], clips["gender"], strict=True))
+    for attribute in UNITS:
+        values = measured[attribute].to_numpy()
+        levels = [
+            thresholds.level(corpus, gender, attribute, value)
+            for (_, corpus, gender), value in zip(places, values, strict=True)
+        ]
+        clips[attribute] = pd.array(levels, dtype="str")
+        for (name, corpus, gender), level, value in zip(places, levels, values, strict=True):
+            if not level and not np.isnan(value):
+                reason = (
+                    f"no tertiles for gender {gender} of {corpus}"
+                    if gender
+                    else "tertiles are by gender, which is not known"
+                )
+                more.append((name, attribute, reason))
+    left_out = pd.concat([left_out, _left_out(more)], ignore_index=True)
+    return clips[["utterance_id", "split", "caption", *ATTRIBUTES]], thresholds, left_out
+
+
+# --- writing
+
+
+def attribute_captions(
+    manifest: pd.DataFrame,
+    *,
+    thresholds: Thresholds | None = None,
+    per_clip: int = 8,
+    per_test_clip: int = 1,
+    seed: int = 0,
+    cache: Path | None = CACHE,
+) -> tuple[pd.DataFrame, Thresholds, pd.DataFrame]:
+    """Measures the clips of a manifest and writes captions for them; `clip_attributes` gives what they are about.
+
+    Train clips get `per_clip` sentences of the seen grammar, each of which leaves every attribute out with a
+    probability of OMITTED. Val and test clips get `per_test_clip` sentences of each grammar, which name all that is
+    known of the clip, but for a measured attribute that its style says already. A clip's sentences are distinct, and
+    depend on the seed, the grammar and its utterance_id alone.
+
+    Args:
+        manifest: with the column `root` (`manifests.load_corpora`).
+        thresholds: None fits them on the manifest's train split.
+        cache: where measures are kept; None keeps nothing.
+    Returns:
+        The captions table; the thresholds; and what is left out: columns utterance_id, attribute (`caption` where a
+        clip has none), reason.
+    Raises:
+        ValueError: see `clip_attributes`.
+    """
+    clips, thresholds, left_out = clip_attributes(manifest, thresholds, cache)
+    grammars, rows, mute = load_grammars(), [], []
+    for clip in clips.to_dict("records"):
+        train = clip["split"] == "train"
+        for name in ("seen",) if train else ("seen", "held_out"):
+            written = _sentences(grammars[name], clip, per_clip if train else per_test_clip, train, seed)
+            rows += [
+                (clip["utterance_id"], text, *(named.get(a, "") for a in ATTRIBUTES), name) for text, named in written
+            ]
+        if not grammars["seen"].named(clip):
+            mute.append((clip["utterance_id"], "caption", "none of its attributes is known"))
+    table = pd.DataFrame(rows, columns=list(COLUMNS), dtype="str")
+    return table, thresholds, pd.concat([left_out, _left_out(mute)], ignore_index=True)
+
+
+def _sentences(
+    grammar: Grammar, clip: Mapping[str, str], count: int, omit: bool, seed: int
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Up to `count` distinct sentences about a clip, and the attributes each names."""
+    known = grammar.named(clip)
+    if not known:
+        return
+    key = hashlib.blake2b(f"{seed} {grammar.name} {clip['utterance_id']}".encode(), digest_size=8).digest()
+    rng, written = np.random.default_rng(int.from_bytes(key, "little")), set()
+    for _ in range(count * _TRIES):
+        if len(written) == count:
+            return
+        named = {key: value for key, value in known.items() if not omit or rng.random() >= OMITTED} or known
+        text = grammar.write(named, rng)
+        if text not in written:
+            written.add(text)
+            yield text, named
+
+
+def free_captions(manifest: pd.DataFrame) -> pd.DataFrame:
+    """The captions table of a corpus's own captions, which name no attribute; clips without a caption are not in it."""
+    told = manifest[manifest["caption"] != ""]
+    table = pd.DataFrame({"utterance_id": told["utterance_id"], "caption": told["caption"]}).reset_index(drop=True)
+    return table.assign(**dict.fromkeys(ATTRIBUTES, ""), grammar="free")[list(COLUMNS)]
+
+
+def check_language(captions: pd.DataFrame, text_backbone: str) -> None:
+    """Refuses captions in Mandarin for a text backbone that `weights` has a name for: all of those know English alone.
+
+    Raises:
+        ValueError: says what to give instead.
+    """
+    english = {*weights.PACKAGED, *weights.HUB, *(hub_id for hub_id, _ in weights.HUB.values())}
+    english |= {packaged.hub_id for packaged in weights.PACKAGED.values()}
+    if text_backbone in english and captions["caption"].str.contains(_HAN).any():
+        advice = "give the folder of a multilingual text backbone"
+        raise ValueError(f"captions are Mandarin, of which {text_backbone!r} knows nothing: {advice}")
+
+
+# --- which clips a caption is right for
+
+
+def relevance(captions: pd.DataFrame, clips: pd.DataFrame) -> NDArray[np.bool_]:
+    """Which clips each caption is right for, (n_captions, n_clips).
+
+    A caption that names attributes is right for every clip that agrees on all of those it names, whatever the clip's
+    others are; with all five named, that is the whole attribute tuple. A clip of which a named attribute is not known
+    does not agree. Besides, clips that share a caption's text are right for it: this is the whole rule for a corpus's
+    own captions, which name no attribute.
+
+    Args:
+        captions: a captions table.
+        clips: columns utterance_id, the attributes (`clip_attributes`) if any caption names one, and perhaps caption.
+    """
+    agree = np.ones((len(captions), len(clips)), dtype=bool)
+    names_any = np.zeros(len(captions), dtype=bool)
+    for attribute in ATTRIBUTES:
+        told = captions[attribute].to_numpy(dtype=object) if attribute in captions else np.full(len(captions), "")
+        named = told != ""
+        if not named.any():
+            continue
+        codes = pd.factorize(np.concatenate([told, clips[attribute].to_numpy(dtype=object)]))[0]
+        agree &= ~named[:, None] | (codes[: len(told), None] == codes[None, len(told) :])
+        names_any |= named
+    agree &= names_any[:, None]
+    return agree | _same_text(captions, clips)
+
+
+def _same_text(captions: pd.DataFrame, clips: pd.DataFrame) -> NDArray[np.bool_]:
+    """Which clips have a caption with this one's text, (n_captions, n_clips)."""
+    place = pd.Series(range(len(clips)), index=clips["utterance_id"])
+    texts = [captions[["utterance_id", "caption"]]]
+    if "caption" in clips:
+        texts.append(clips.loc[clips["caption"] != "", ["utterance_id", "caption"]])
+    owned = pd.concat(texts, ignore_index=True)
+    codes = pd.factorize(owned["caption"])[0]
+    columns = owned["utterance_id"].map(place)
+    here = columns.notna().to_numpy()
+    ones = np.ones(here.sum(), dtype=np.int32)
+    shape = (codes.max(initial=-1) + 1, len(clips))
+    owners = csr_array((ones, (codes[here], columns[here].astype(int))), shape=shape)
+    return owners[codes[: len(captions)]].toarray() > 0
+
+
+# --- describing
+
+_WORD = re.compile(_HAN + r"|[^\W\d_]+(?:['’-][^\W\d_]+)*")  # a Han character counts as a word
+
+
+def describe(captions: pd.DataFrame, manifest: pd.DataFrame) -> pd.DataFrame:
+    """A row per corpus: clips, hours, captions, distinct ones, words a caption (mean), vocabulary (distinct words)."""
+    corpus_of = manifest.set_index("utterance_id")["corpus"]
+    rows = {}
+    for corpus, part in captions.groupby(captions["utterance_id"].map(corpus_of), sort=False):
+        clips = manifest[manifest["corpus"] == corpus]
+        words = Counter(word for caption in part["caption"] for word in _WORD.findall(caption.lower()))
+        rows[corpus] = {
+            "clips": len(clips),
+            "hours": clips["duration_s"].sum() / 3600,
+            "captions": len(part),
+            "distinct captions": part["caption"].nunique(),
+            "words a caption": words.total() / len(part),
+            "vocabulary": len(words),
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("corpus")
+
+
+def attribute_counts(table: pd.DataFrame) -> pd.DataFrame:
+    """How often each value of each attribute occurs, the most frequent first; rows attribute and value.
+
+    Args:
+        table: a manifest, a captions table or what `clip_attributes` gives.
+    """
+    columns = [column for column in (*ATTRIBUTES, "age", "tone") if column in table]
+    counts = {column: table.loc[table[column] != "", column].value_counts() for column in columns}
+    rows = [(column, value, count) for column, found in counts.items() for value, count in found.items()]
+    return pd.DataFrame(rows, columns=["attribute", "value", "count"])
