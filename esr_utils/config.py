@@ -184,9 +184,7 @@ class MiningConfig(_Config):
     punctuation: str = "ct-punc"  # where sentences end
     speaker_encoder: str = "cam++"  # whose voice it is
     min_cosine: float = 0.0  # mean cosine at which two groups of segments are one speaker; 0: the encoder's own
-    merge_gap_s: float = (
-        0.5  # seconds; segments of one speaker no further apart become one clip (whole sentences: never)
-    )
+    merge_gap_s: float = 0.5  # seconds; a speaker's segments no further apart become one clip (sentences never do)
     min_clip_s: float = 1.0  # seconds; shorter clips are left out
     max_clip_s: float = 15.0  # seconds that joined segments last at most
     threshold: float = 0.65  # of Eq. (5): mean of (cos + 1) / 2 to the speaker's other clips

@@ -53,7 +53,7 @@ class Annotation:
 
 
 def parse(said: str) -> Annotation:
-    """From "<|zh|><|HAPPY|><|Speech|><|withitn|>text": tags in any number and order, of which unknown ones are dropped."""
+    """From "<|zh|><|HAPPY|><|Speech|><|withitn|>text": tags in any number and order; unknown ones are dropped."""
     tags, text = re.findall(r"<\|([^|]*)\|>", said), re.sub(r"<\|[^|]*\|>", "", said).strip()
     language = next((tag for tag in tags if tag in _LANGUAGES), "")
     return Annotation(

@@ -1,4 +1,4 @@
-"""An "episode" whose truth is known: clips of several speakers one after the other, with music-like noise under them."""
+"""An "episode" whose truth is known: clips of several speakers in turn, with music-like noise under them."""
 
 from __future__ import annotations
 
@@ -55,13 +55,11 @@ def build_episode(clips: pd.DataFrame, path: Path, noise_db: float = -25.0, seed
     rng, parts, rows, at = np.random.default_rng(seed), [], [], 0
     cuts = to_cuts(clips)
     for cut, speaker in zip(cuts, clips["speaker"], strict=True):
-        for part in (
-            np.zeros(round(rng.uniform(*GAP_S) * SAMPLE_RATE)),
-            _at_level(load_waveform(cut).numpy(), SPEECH_DB),
-        ):
-            parts.append(part)
-            at += len(part)
-        rows.append(((at - len(part)) / SAMPLE_RATE, at / SAMPLE_RATE, speaker, cut.custom["utterance_id"]))
+        gap = np.zeros(round(rng.uniform(*GAP_S) * SAMPLE_RATE), np.float32)
+        clip = _at_level(load_waveform(cut).numpy(), SPEECH_DB)
+        start, at = at + len(gap), at + len(gap) + len(clip)
+        parts += [gap, clip]
+        rows.append((start / SAMPLE_RATE, at / SAMPLE_RATE, speaker, cut.custom["utterance_id"]))
     speech = np.concatenate([*parts, np.zeros(SAMPLE_RATE // 2)])
     episode = np.clip(speech + music(len(speech), SPEECH_DB + noise_db, rng), -1, 1)
     with atomic_path(path) as temporary:

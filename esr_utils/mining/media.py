@@ -27,7 +27,8 @@ from esr_utils.runs import atomic_path
 
 SOUND_RATE = 44_100  # Hz; what the separator is trained on
 BLOCK_S = 60  # seconds read at a time
-AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".wma", ".aiff")
+PLAIN = (".wav", ".flac", ".ogg", ".opus", ".mp3")  # read without ffmpeg
+AUDIO = (*PLAIN, ".m4a", ".aac", ".wma", ".aiff")
 VIDEO = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".flv", ".ts", ".m4v", ".wmv", ".mpg", ".mpeg", ".3gp")
 
 
@@ -95,9 +96,9 @@ def extract_sound(source: Path, target: Path) -> None:
         MiningError: it needs ffmpeg, which is not there.
     """
     try:
-        info = soundfile.info(source)
-    except (soundfile.LibsndfileError, OSError):
-        _by_ffmpeg(source, target)
+        info = soundfile.info(_name(source))
+    except (soundfile.LibsndfileError, OSError) as error:
+        _by_ffmpeg(source, target, getattr(error, "error_string", str(error)))
     else:
         mono = info.channels != 2  # of more than two, which is which is not known
         blocks = (block.mean(axis=1, keepdims=True) if mono else block for block in read_blocks(source))
@@ -107,16 +108,26 @@ def extract_sound(source: Path, target: Path) -> None:
         raise AudioError("holds no sound")
 
 
-def _by_ffmpeg(source: Path, target: Path) -> None:
-    command = [find_ffmpeg(), "-nostdin", "-v", "error", "-y", "-i", f"file:{source}"]
+def _by_ffmpeg(source: Path, target: Path, complaint: str) -> None:
+    """Args: complaint: libsndfile's, for a file of a kind that it should read where there is no ffmpeg to try."""
+    try:
+        program = find_ffmpeg()
+    except MiningError:
+        if source.suffix.lower() in PLAIN:
+            raise AudioError(f"is not readable as audio: {complaint}") from None
+        raise
+    command = [program, "-nostdin", "-v", "error", "-y", "-i", f"file:{source}"]
     with atomic_path(target) as temporary:
         command += ["-map", "0:a:0", "-vn", "-ac", "2", "-ar", str(SOUND_RATE), "-sample_fmt", "s16"]
-        done = subprocess.run(
-            [*command, "-f", "flac", f"file:{temporary}"], capture_output=True, stdin=subprocess.DEVNULL
-        )
-        if done.returncode:
-            said = done.stderr.decode("utf-8", "replace").strip().splitlines()
-            raise AudioError(f"ffmpeg finds no sound in it: {said[-1] if said else f'exit code {done.returncode}'}")
+        if said := _complaint([*command, "-f", "flac", f"file:{temporary}"]):
+            raise AudioError(f"ffmpeg finds no sound in it: {said}")
+
+
+def _complaint(command: list[str]) -> str:
+    """Runs a program; the last line that it complains with if it fails, "" if it does not."""
+    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
+    said = done.stderr.decode("utf-8", "replace").strip().splitlines()
+    return (said[-1] if said else f"exit code {done.returncode}") if done.returncode else ""
 
 
 def find_ffmpeg() -> str:
@@ -144,7 +155,7 @@ def read_blocks(path: Path, first: int = 0, last: int | None = None) -> Iterator
         AudioError: it does not decode, or holds NaN.
     """
     try:
-        with soundfile.SoundFile(path) as file:
+        with soundfile.SoundFile(_name(path)) as file:
             file.seek(first)
             left = (file.frames if last is None else min(last, file.frames)) - first
             while left > 0 and len(block := file.read(min(left, BLOCK_S * file.samplerate), "float32", always_2d=True)):
@@ -154,6 +165,11 @@ def read_blocks(path: Path, first: int = 0, last: int | None = None) -> Iterator
                 yield block
     except soundfile.LibsndfileError as error:
         raise AudioError(f"does not decode: {error.error_string}") from None
+
+
+def _name(path: Path) -> str | bytes:
+    """As soundfile takes it: a name that is no Unicode only as bytes."""
+    return os.fsencode(path) if os.name == "posix" else str(path)
 
 
 def read_range(path: Path, start_s: float, end_s: float) -> NDArray[np.float32]:
@@ -202,8 +218,6 @@ def download(addresses: str | Path, folder: str | Path) -> dict[str, str]:
     for address in dict.fromkeys(line for line in lines if line and not line.startswith("#")):
         command = [program, "--no-progress", "--restrict-filenames", "--format", "bestaudio/best"]
         command += ["--paths", str(folder.resolve()), "--output", "%(title).80s-%(id)s.%(ext)s", "--", address]
-        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
-        if done.returncode:
-            said = done.stderr.decode("utf-8", "replace").strip().splitlines()
-            failed[address] = said[-1] if said else f"exit code {done.returncode}"
+        if said := _complaint(command):
+            failed[address] = said
     return failed

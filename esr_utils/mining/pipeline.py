@@ -89,9 +89,7 @@ def mine(
             getattr(mined, name).to_csv(temporary, index=False)
     if not alive:
         reasons = "; ".join(f"{row['file']}: {row['reason']}" for row in failures[:5])
-        raise MiningError(
-            f"none of {len(sources)} files could be used: {reasons}. All are in {folder / 'failures.csv'}"
-        )
+        raise MiningError(f"none of {len(sources)} files could be used (all: {folder / 'failures.csv'}): {reasons}")
     write_manifest(mined.manifest, folder / "manifest.csv")
     return mined
 

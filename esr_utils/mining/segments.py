@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -53,20 +54,30 @@ class Segment:
 # silero -----------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def silero_vad() -> Iterator[SileroVad]:
-    """silero-vad (MIT), whose weights its package ships.
+def silero_version() -> str:
+    """Of silero-vad (MIT), whose weights its package ships.
 
     Raises:
         weights.WeightsError: the package is not installed.
     """
+    try:
+        return metadata.version("silero-vad")
+    except metadata.PackageNotFoundError:
+        advice = "pip install -r requirements.txt"
+        raise weights.WeightsError(f"needs silero-vad, which is not installed: {advice}") from None
+
+
+@contextmanager
+def silero_vad() -> Iterator[SileroVad]:
+    """silero-vad, within the context.
+
+    Raises:
+        weights.WeightsError: the package is not installed.
+    """
+    silero_version()
     threads = torch.get_num_threads()
     try:
         import silero_vad as package  # sets torch's thread count to 1, for the whole process
-    except ImportError:
-        raise weights.WeightsError(
-            "needs silero-vad, which is not installed: pip install -r requirements.txt"
-        ) from None
     finally:
         torch.set_num_threads(threads)
     yield SileroVad(package.load_silero_vad())
@@ -152,20 +163,24 @@ def marks_after(words: Sequence[str], text: str) -> list[str]:
     marks, at = [], 0
     for word in words:
         for letter in word:
-            while (
-                at < len(text) and text[at].casefold() != letter.casefold() and (text[at] in MARKS or text[at] == " ")
-            ):
+            while at < len(text) and not _same(text[at], letter) and _is_mark(text[at]):
                 at += 1
-            if at == len(text) or text[at].casefold() != letter.casefold():
-                raise ValueError(
-                    f"the punctuated text lacks {word!r} at its place, near {text[max(at - 20, 0) : at + 5]!r}"
-                )
+            if at == len(text) or not _same(text[at], letter):
+                raise ValueError(f"the punctuated text lacks {word!r} near {text[max(at - 20, 0) : at + 5]!r}")
             at += 1
         end = at
-        while at < len(text) and (text[at] in MARKS or text[at] == " "):
+        while at < len(text) and _is_mark(text[at]):
             at += 1
         marks.append(text[end:at].strip())
     return marks
+
+
+def _same(one: str, other: str) -> bool:
+    return one.casefold() == other.casefold()
+
+
+def _is_mark(letter: str) -> bool:
+    return letter in MARKS or letter == " "
 
 
 def sentences(words: Sequence[str], times: Sequence[tuple[float, float]], marks: Sequence[str]) -> list[Segment]:

@@ -18,7 +18,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -145,7 +144,7 @@ def _silero(run: Path, config: MiningConfig) -> list[Stage]:
     def make(vad: segments.SileroVad, source: Source) -> list[dict]:
         return [part.to_dict() for part in vad.segments(heard(run, source), config.max_clip_s)]
 
-    settings = {"silero-vad": metadata.version("silero-vad"), "max_clip_s": config.max_clip_s}
+    settings = {"silero-vad": segments.silero_version(), "max_clip_s": config.max_clip_s}
     return [_json_stage(run, "segments", settings, segments.silero_vad, make)]
 
 
@@ -173,7 +172,7 @@ def _funasr(run: Path, config: MiningConfig, device: torch.device) -> list[Stage
 
 def _vectors(run: Path, config: MiningConfig, device: torch.device) -> Stage:
     silero = config.diariser == "silero"
-    content = voices.RESEMBLYZER_SHA256 if silero else _funasr_content(config.speaker_encoder)
+    content = weights.file_sha256(voices.resemblyzer_file()) if silero else _funasr_content(config.speaker_encoder)
 
     @contextmanager
     def opened() -> Iterator[Work]:

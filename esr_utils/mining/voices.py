@@ -20,7 +20,7 @@ from esr_utils.mining.funasr_models import FunasrModel
 from esr_utils.mining.separation import MODEL_RATE
 
 CAMPLUS = ("CAMPPlus",)
-RESEMBLYZER_SHA256 = "39373b86598fa3da9fcddee6142382efe09777e8d37dc9c0561f41f0070f134e"
+_RESEMBLYZER_SHA256 = "39373b86598fa3da9fcddee6142382efe09777e8d37dc9c0561f41f0070f134e"
 _WINDOW, _STEP, _MIN_COVERAGE = 160, 77, 0.75  # frames of 10 ms, as resemblyzer cuts an utterance
 _LEVEL_DB = -30  # dBFS that quiet speech is raised to
 _CAM_WINDOW_S, _CAM_STEP_S = 1.5, 0.75  # seconds, as funasr cuts speech
@@ -75,9 +75,8 @@ def window_starts(n_samples: int) -> list[int]:
     return starts[:-1] if covered < _MIN_COVERAGE and len(starts) > 1 else starts
 
 
-@contextmanager
-def resemblyzer(device: torch.device) -> Iterator[VoiceEncoder]:
-    """The encoder with the weights of resemblyzer's package (Apache-2.0).
+def resemblyzer_file() -> Path:
+    """The weights in resemblyzer's package (Apache-2.0).
 
     Raises:
         weights.WeightsError: the package is not installed, or its weights are not those of 0.1.4.
@@ -89,8 +88,14 @@ def resemblyzer(device: torch.device) -> Iterator[VoiceEncoder]:
             "requirements include webrtcvad, which needs a compiler and is not used here)"
         )
     file = Path(spec.submodule_search_locations[0]) / "pretrained.pt"
-    weights.check_sha256(file, RESEMBLYZER_SHA256)
-    encoder = Resemblyzer()
+    weights.check_sha256(file, _RESEMBLYZER_SHA256)
+    return file
+
+
+@contextmanager
+def resemblyzer(device: torch.device) -> Iterator[VoiceEncoder]:
+    """The encoder with the weights of `resemblyzer_file`, within the context."""
+    encoder, file = Resemblyzer(), resemblyzer_file()
     weights.load_state(encoder, weights.read_state(file), file)
     yield encoder.eval().to(device).encode
 
