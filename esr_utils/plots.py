@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -235,6 +236,53 @@ def recall_by_duration(table: pd.DataFrame, protocols: dict[str, str], ks: tuple
     for axis in axes[-1]:
         axis.set_xlabel("duration of the clip to be found")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, loc="outside lower center")
+    return figure
+
+
+def similarities(clips: pd.DataFrame, threshold: float) -> Figure:
+    """How like its speaker's other clips each clip is (FS-CLAP Eq. 5), with the threshold.
+
+    Args:
+        clips: of `mining.mine`; clips that are their speaker's only one have no similarity, and are counted apart.
+    """
+    known = clips["similarity"].dropna()
+    figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
+    axis.hist(known, bins=np.linspace(0, 1, 41), color="#33658a")
+    axis.axvline(
+        threshold, color="#c1121f", lw=1.5, label=f"threshold {threshold:g} (mean cosine {2 * threshold - 1:.2f})"
+    )
+    axis.set(xlabel="mean of (cos + 1) / 2 to the speaker's other clips", ylabel="clips", xlim=(0, 1))
+    left, alone = int((known < threshold).sum()), int(clips["similarity"].isna().sum())
+    axis.set_title(
+        f"{len(known)} clips, {left} below the threshold; {alone} too short or alone are not shown", fontsize=10
+    )
+    axis.legend(frameon=False, loc="upper left")
+    return figure
+
+
+def timeline(clips: pd.DataFrame, truth: Sequence[str] | None = None, seconds: float = 300.0) -> Figure:
+    """Who speaks when in one file: a row a speaker that was found, a bar a clip; pale: left out.
+
+    Args:
+        clips: of `mining.mine`, of one file; what begins after `seconds` is not drawn.
+        truth: who really speaks in each clip, which gives it its colour; None: not known.
+    """
+    colours = dict.fromkeys(dict.fromkeys(truth if truth is not None else ["clip"]))
+    colours = dict(zip(colours, sns.color_palette("colorblind", max(len(colours), 1)), strict=True))
+    names = list(dict.fromkeys(clips["speaker"]))
+    figure, axis = plt.subplots(figsize=(9, 1.2 + 0.3 * max(len(names), 2)), layout="constrained")
+    for i, clip in enumerate(clips.itertuples()):
+        if clip.start_s < seconds:
+            colour = colours[truth[i] if truth is not None else "clip"]
+            bar = (clip.start_s, clip.end_s - clip.start_s)
+            axis.broken_barh(
+                [bar], (names.index(clip.speaker) - 0.4, 0.8), color=colour, alpha=0.3 if clip.left_out else 1
+            )
+    axis.set_yticks(range(len(names)), [name.rsplit("-", 1)[-1] for name in names])
+    axis.set(xlabel="seconds", ylabel="speaker found", ylim=(len(names) - 0.4, -0.6))
+    if truth is not None:
+        handles = [Patch(color=colour, label=name or "nobody") for name, colour in colours.items()]
+        figure.legend(handles=handles, title="true speaker", frameon=False, loc="outside right center")
     return figure
 
 

@@ -4,6 +4,6 @@
 """
 
 from esr_utils.mining.media import MiningError, download, find_sources
-from esr_utils.mining.pipeline import Mined, mine
+from esr_utils.mining.pipeline import Mined, caveats, mine
 
-__all__ = ["Mined", "MiningError", "download", "find_sources", "mine"]
+__all__ = ["Mined", "MiningError", "caveats", "download", "find_sources", "mine"]

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 
 from esr_utils.batches import load_waveform
 from esr_utils.config import SAMPLE_RATE
-from esr_utils.manifests import to_cuts
+from esr_utils.manifests import load_corpora, to_cuts
+from esr_utils.mining.annotation import STYLE_OF
+from esr_utils.mining.speakers import purity
 from esr_utils.runs import atomic_path
 
 SPEECH_DB = -26.0  # dBFS: every clip is brought to this level
@@ -74,3 +76,50 @@ def truth_of(clips: pd.DataFrame, truth: pd.DataFrame) -> list[str]:
         shared = truth["end_s"].clip(upper=clip.end_s) - truth["start_s"].clip(lower=clip.start_s)
         names.append(truth["speaker"][shared.idxmax()] if (shared > 0).any() else "")
     return names
+
+
+def demo_episode(
+    folder: Path, voices: list[str], noise_db: float = -25.0, seed: int = 0, clips_each: int = 7
+) -> tuple[Path, pd.DataFrame]:
+    """An episode of the demo corpus's voices, in the styles that SenseVoice knows; made once for each of its settings.
+
+    Returns:
+        The WAV, and the truth as of `build_episode`.
+
+    Raises:
+        ValueError: the demo corpus has no such voice.
+    """
+    corpus = load_corpora("demo")
+    known = sorted(corpus["speaker"].unique())
+    if unknown := sorted(set(voices) - set(known)):
+        raise ValueError(f"the demo corpus has no voice {', '.join(unknown)}; it has {', '.join(known)}")
+    rows = corpus[corpus["speaker"].isin(voices) & corpus["style"].isin(STYLE_OF.values())]
+    rows = rows.groupby("speaker").sample(clips_each, random_state=seed).sample(frac=1, random_state=seed)
+    path = folder / f"episode-{'-'.join(sorted(voices))}-{noise_db:g}dB-seed{seed}.wav"
+    if path.is_file() and path.with_suffix(".csv").is_file():
+        return path, pd.read_csv(path.with_suffix(".csv"))
+    truth = build_episode(rows.reset_index(drop=True), path, noise_db, seed)
+    with atomic_path(path.with_suffix(".csv")) as temporary:
+        truth.to_csv(temporary, index=False)
+    return path, truth
+
+
+def score(clips: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
+    """How well the clips of one episode are cut and named, all of them and those that are kept.
+
+    Returns:
+        `found`: the share of the true clips that some clip overlaps; `purity`: the share of clips that belong to the
+        speaker whom most clips of the same name belong to; how many speakers were named, and how many there are.
+    """
+    rows = {}
+    for name, part in (("all clips", clips), ("clips that are kept", clips[clips["left_out"] == ""])):
+        names = truth_of(part, truth)
+        hit = [((part["start_s"] < row.end_s) & (part["end_s"] > row.start_s)).any() for row in truth.itertuples()]
+        rows[name] = {
+            "clips": len(part),
+            "found": float(np.mean(hit)),
+            "purity": purity(part["speaker"], names),
+            "speakers named": part["speaker"].nunique(),
+            "true speakers": truth["speaker"].nunique(),
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")

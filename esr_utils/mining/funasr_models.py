@@ -67,16 +67,27 @@ def funasr_model(name: str, kinds: tuple[str, ...], device: torch.device) -> Ite
     Raises:
         weights.WeightsError: it is not there, or damaged, or of another class, or funasr is not installed.
     """
-    folder = weights.find(name)
+    folder = find_funasr(name, kinds)
     config = _read_config(folder / "config.yaml")
-    kind = config.get("model")
-    if kind not in kinds:
-        raise weights.WeightsError(f"{folder} holds a {kind!r}; needed is {' or '.join(kinds)}")
+    kind = config["model"]
     try:
         with funasr_modules("register", *_MODULES[kind]) as (register, *modules):
             yield _build(register, modules, config, folder, device)
     except ImportError as error:
         raise weights.WeightsError(f"{kind} needs funasr, which cannot be imported here: {error}") from error
+
+
+def find_funasr(name: str, kinds: tuple[str, ...]) -> Path:
+    """The folder of a model of one of these classes; its weights are not read.
+
+    Raises:
+        weights.WeightsError: it is not there, or of another class.
+    """
+    folder = weights.find(name)
+    kind = _read_config(folder / "config.yaml").get("model")
+    if kind not in kinds:
+        raise weights.WeightsError(f"{folder} holds a {kind!r}; needed is {' or '.join(kinds)}")
+    return folder
 
 
 def _read_config(file: Path) -> dict:

@@ -94,6 +94,22 @@ def mine(
     return mined
 
 
+def caveats(config: MiningConfig) -> list[str]:
+    """What a run with these settings does not do, in plain words."""
+    said = []
+    if not config.separator:
+        said.append("No separator: music and noise under the voices stay there.")
+    if config.diariser == "silero":
+        said.append(
+            "resemblyzer's vectors have no negative part, so Eq. (5) cannot fall below 0.5, and its threshold leaves "
+            "out little; 0.65 was set for CAM++ (diariser funasr)."
+        )
+        said.append("silero-vad cuts at pauses, not at the ends of sentences, and nothing is transcribed.")
+    if not config.emotion:
+        said.append("No emotion model: clips have no style and no description.")
+    return said
+
+
 def _run_stage(
     stage: Stage, home: Path, alive: list[Source], keys: dict[str, str], failures: list[dict], report: list[dict]
 ) -> list[Source]:

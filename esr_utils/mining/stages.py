@@ -27,7 +27,7 @@ from safetensors.numpy import load_file, save_file
 from esr_utils import weights
 from esr_utils.config import MiningConfig
 from esr_utils.mining import annotation, segments, separation, speakers, voices
-from esr_utils.mining.funasr_models import funasr_model
+from esr_utils.mining.funasr_models import find_funasr, funasr_model
 from esr_utils.mining.media import Source, extract_sound, read_range
 from esr_utils.mining.segments import Segment
 from esr_utils.runs import atomic_path, read_json, write_json
@@ -76,8 +76,8 @@ def model_content(folder: Path, file: Path | None = None) -> str:
     return digest.hexdigest()
 
 
-def _funasr_content(name: str) -> str:
-    return model_content(weights.find(name))
+def _funasr_content(name: str, kinds: tuple[str, ...]) -> str:
+    return model_content(find_funasr(name, kinds))
 
 
 @contextmanager
@@ -150,7 +150,7 @@ def _silero(run: Path, config: MiningConfig) -> list[Stage]:
 
 def _funasr(run: Path, config: MiningConfig, device: torch.device) -> list[Stage]:
     def stage(name: str, model: str, kinds: tuple[str, ...], make: Callable) -> Stage:
-        content = {"model": _funasr_content(model)}
+        content = {"model": _funasr_content(model, kinds)}
         return _json_stage(run, name, content, lambda: funasr_model(model, kinds, device), make)
 
     def speech(model, source: Source) -> list[dict]:
@@ -172,7 +172,10 @@ def _funasr(run: Path, config: MiningConfig, device: torch.device) -> list[Stage
 
 def _vectors(run: Path, config: MiningConfig, device: torch.device) -> Stage:
     silero = config.diariser == "silero"
-    content = weights.file_sha256(voices.resemblyzer_file()) if silero else _funasr_content(config.speaker_encoder)
+    if silero:
+        content = weights.file_sha256(voices.resemblyzer_file())
+    else:
+        content = _funasr_content(config.speaker_encoder, voices.CAMPLUS)
 
     @contextmanager
     def opened() -> Iterator[Work]:
@@ -230,7 +233,7 @@ def _emotions(run: Path, config: MiningConfig, device: torch.device) -> Stage:
         sounds = (read_range(heard(run, source), clip["start_s"], clip["end_s"]) for clip in clips)
         return [annotation.annotate(model, sound).to_dict() for sound in sounds]
 
-    settings = {"model": _funasr_content(config.emotion)}
+    settings = {"model": _funasr_content(config.emotion, annotation.SENSEVOICE)}
     return _json_stage(
         run, "emotions", settings, lambda: funasr_model(config.emotion, annotation.SENSEVOICE, device), make
     )
