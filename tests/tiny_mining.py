@@ -73,6 +73,13 @@ CONFIGS = {
         "ctc_conf": {"dropout_rate": 0.0, "ignore_nan_grad": True},
     },
 }  # fmt: skip
+# Paraformer-large as "paraformer-zh" has it: with a part for hot words, of which none are given here
+CONFIGS["SeacoParaformer"] = CONFIGS["BiCifParaformer"] | {
+    "model_conf": CONFIGS["BiCifParaformer"]["model_conf"]
+    | {"inner_dim": 32, "bias_encoder_type": "lstm", "bias_encoder_bid": False, "train_decoder": True, "NO_BIAS": 5},
+    "seaco_decoder": "ParaformerSANMDecoder",
+    "seaco_decoder_conf": CONFIGS["BiCifParaformer"]["decoder_conf"] | {"wo_input_layer": True},
+}
 FILES = {"CAMPPlus": "campplus_cn_common.bin"}  # model.pt of the others, as on the hub
 
 
@@ -117,7 +124,7 @@ def built(tables, model_class: type, config: dict, folder: Path) -> nn.Module:
     with torch.no_grad():
         if config["model"] == "CTTransformer":
             model.decoder.bias[0] = -100  # never "<unk>", which no trained model says either
-        elif config["model"] == "BiCifParaformer":
+        elif "Paraformer" in config["model"]:
             model.decoder.output_layer.bias[:3] = -100  # words, not blanks
             model.decoder.output_layer.bias[-1] = -100
         elif config["model"] == "SenseVoiceSmall":
