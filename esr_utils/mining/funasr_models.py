@@ -5,6 +5,7 @@ funasr's own AutoModel unpickles, downloads, prints, sets torch's thread count, 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ def funasr_model(name: str, kinds: tuple[str, ...], device: torch.device) -> Ite
     folder = find_funasr(name, kinds)
     config = _read_config(folder / "config.yaml")
     kind = config["model"]
+    gc.collect()  # a model before this one that refers to itself is still in memory until then
     try:
         with funasr_modules("register", *_MODULES[kind]) as (register, *modules):
             yield _build(register, modules, config, folder, device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import re
 import time
@@ -129,7 +128,6 @@ def _run_stage(
                     failures.append({"file": source.name, "stage": stage.name, "reason": reason})
                     failed.add(source.id)
         del work
-        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     counts = {"files": len(waiting), "done before": len(alive) - len(waiting), "failed": len(failed)}
