@@ -254,7 +254,7 @@ def similarities(clips: pd.DataFrame, threshold: float) -> Figure:
     axis.set(xlabel="mean of (cos + 1) / 2 to the speaker's other clips", ylabel="clips", xlim=(0, 1))
     left, alone = int((known < threshold).sum()), int(clips["similarity"].isna().sum())
     axis.set_title(
-        f"{len(known)} clips, {left} below the threshold; {alone} too short or alone are not shown", fontsize=10
+        f"{len(known)} clips, {left} below the threshold; not shown: {alone}, too short or alone", fontsize=10
     )
     axis.legend(frameon=False, loc="upper left")
     return figure
@@ -267,17 +267,15 @@ def timeline(clips: pd.DataFrame, truth: Sequence[str] | None = None, seconds: f
         clips: of `mining.mine`, of one file; what begins after `seconds` is not drawn.
         truth: who really speaks in each clip, which gives it its colour; None: not known.
     """
-    colours = dict.fromkeys(dict.fromkeys(truth if truth is not None else ["clip"]))
-    colours = dict(zip(colours, sns.color_palette("colorblind", max(len(colours), 1)), strict=True))
-    names = list(dict.fromkeys(clips["speaker"]))
+    who = list(truth) if truth is not None else ["clip"] * len(clips)
+    colours = dict(zip(dict.fromkeys(who), sns.color_palette("colorblind", max(len(set(who)), 1)), strict=True))
+    drawn = [(clip, name) for clip, name in zip(clips.itertuples(), who, strict=True) if clip.start_s < seconds]
+    names = list(dict.fromkeys(clip.speaker for clip, _ in drawn))
     figure, axis = plt.subplots(figsize=(9, 1.2 + 0.3 * max(len(names), 2)), layout="constrained")
-    for i, clip in enumerate(clips.itertuples()):
-        if clip.start_s < seconds:
-            colour = colours[truth[i] if truth is not None else "clip"]
-            bar = (clip.start_s, clip.end_s - clip.start_s)
-            axis.broken_barh(
-                [bar], (names.index(clip.speaker) - 0.4, 0.8), color=colour, alpha=0.3 if clip.left_out else 1
-            )
+    for clip, name in drawn:
+        place = names.index(clip.speaker) - 0.4, 0.8
+        alpha = 0.3 if clip.left_out else 1.0
+        axis.broken_barh([(clip.start_s, clip.end_s - clip.start_s)], place, color=colours[name], alpha=alpha)
     axis.set_yticks(range(len(names)), [name.rsplit("-", 1)[-1] for name in names])
     axis.set(xlabel="seconds", ylabel="speaker found", ylim=(len(names) - 0.4, -0.6))
     if truth is not None:

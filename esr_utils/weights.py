@@ -73,7 +73,7 @@ HUB = {
     # for mining alone
     "fsmn-vad": ("funasr/fsmn-vad", "config.yaml, model.pt, am.mvn"),
     "paraformer": ("funasr/paraformer-zh", "config.yaml, model.pt, am.mvn, tokens.json, seg_dict"),
-    "ct-punc": ("funasr/ct-punc", "config.yaml, model.pt, tokens.json, jieba.c.dict, jieba_usr_dict"),
+    "ct-punc": ("funasr/ct-punc", "config.yaml, model.pt, tokens.json, jieba_usr_dict"),
     "cam++": ("funasr/campplus", "config.yaml, campplus_cn_common.bin"),
     "sensevoice": ("FunAudioLLM/SenseVoiceSmall", "config.yaml, model.pt, am.mvn, *.bpe.model"),
 }

@@ -1,6 +1,6 @@
 """Whose voice each segment is, and which clips are unlike the rest of their speaker (FS-CLAP, Eq. 4 and 5).
 
-Arithmetic alone: no model and no file.
+Arithmetic alone: no model and no file. Speakers are told apart within a file; nobody is recognised in another.
 """
 
 from __future__ import annotations
