@@ -268,7 +268,7 @@ def timeline(clips: pd.DataFrame, truth: Sequence[str] | None = None, seconds: f
         truth: who really speaks in each clip, which gives it its colour; None: not known.
     """
     who = list(truth) if truth is not None else ["clip"] * len(clips)
-    colours = dict(zip(dict.fromkeys(who), sns.color_palette("colorblind", max(len(set(who)), 1)), strict=True))
+    colours = dict(zip(dict.fromkeys(who), sns.color_palette("colorblind", len(set(who)) or 1), strict=False))
     drawn = [(clip, name) for clip, name in zip(clips.itertuples(), who, strict=True) if clip.start_s < seconds]
     names = list(dict.fromkeys(clip.speaker for clip, _ in drawn))
     figure, axis = plt.subplots(figsize=(9, 1.2 + 0.3 * max(len(names), 2)), layout="constrained")
