@@ -29,4 +29,5 @@ results: .venv/installed  ## the README's table on real speech: make results ESR
 		f"This project needs Python 3.11, 3.12 or 3.13; {sys.executable} is {v[0]}.{v[1]}. Name another: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps resemblyzer==0.1.4  # its webrtcvad needs a compiler
 	touch $@

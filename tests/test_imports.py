@@ -20,7 +20,7 @@ LAYERS = {
     "models": ("speech", "text", "chat", "retriever", "embedding"),
     "top": (
         "objective", "checkpoints", "training", "evaluation", "comparison", "ablations", "spaces", "index",
-        "generation", "plots",
+        "generation", "mining", "plots",
     ),
 }  # fmt: skip
 LAYER = {module: i for i, modules in enumerate(LAYERS.values()) for module in modules}
@@ -100,7 +100,7 @@ def test_there_is_no_circle():
 @pytest.mark.parametrize(
     ("libraries", "allowed"),
     [
-        ({"transformers", "tokenizers", "funasr"}, {"speech", "text", "chat", "weights"}),
+        ({"transformers", "tokenizers", "funasr"}, {"speech", "text", "chat", "weights", "mining"}),
         ({"matplotlib", "seaborn"}, {"plots"}),
         ({"accelerate"}, {"training", "objective"}),
     ],

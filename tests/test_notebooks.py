@@ -149,6 +149,23 @@ def test_map_notebook_draws_both_maps_with_and_without_the_discriminator(tiny, f
     assert rows["linear probe, accuracy"].between(0, 1).all() and (rows["modality gap"] > 0).all()
 
 
+def test_data_construction_notebook_mines_an_episode_and_files_of_ones_own(folder):
+    run = folder / "mined"
+    shown = execute("10_data_construction", folder, cwd=folder, run=str(run))
+    assert "No separator: " in shown and "No emotion model: " in shown
+    assert exported(run / "figures", "timeline", "similarities", kinds=("png", "svg"))
+    corpus = manifests.load_corpora("mined", folder)
+    assert len(corpus) >= 15 and corpus["speaker"].nunique() == 3
+    own = folder / "own files"
+    own.mkdir()
+    shutil.copy(next((folder / "mined-media").glob("*.wav")), own / "a talk.wav")
+    (own / "broken.wav").write_text("no audio")
+    execute("10_data_construction", folder, run=str(folder / "own"), media=str(own), language="en", min_clip_s=2)
+    assert pd.read_csv(folder / "own" / "failures.csv")["file"].tolist() == ["broken.wav"]
+    own = manifests.load_corpora("own", folder)
+    assert set(own["source"]) == {"a talk.wav"} and set(own["language"]) == {"en"} and own["duration_s"].min() >= 2
+
+
 def test_unknown_parameter_stops_the_run_with_the_known_ones(folder):
     with pytest.raises(
         PapermillExecutionError, match="unknown parameter 'bckbone'; known are: backbone, speech_backbone"
@@ -188,4 +205,7 @@ def test_parameters_that_scripts_rely_on():
         "corpora", "data_root", "run", "backbone", "speech_backbone", "seeds", "epochs", "max_steps",
     }  # fmt: skip
     assert declared["06_duration_buckets"] >= {"run", "runs_compared", "corpora", "data_root", "split"}
+    assert declared["10_data_construction"] >= {
+        "media", "run", "separator", "diariser", "emotion", "threshold", "keep_single", "device",
+    }  # fmt: skip
     assert declared["07_embedding_maps"] >= {"run", "without", "corpora", "data_root", "split", "prompts"}
