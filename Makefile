@@ -11,7 +11,7 @@ demo: .venv/installed  ## train, evaluate and search on the demo corpus; everyth
 	@echo "Open runs/quickstart/00_quickstart.html to see and hear it; results.json and figures/ are beside it."
 
 test: .venv/installed  ## the whole test suite
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lab: .venv/installed  ## JupyterLab
 	$(BIN)/jupyter lab notebooks
@@ -29,4 +29,5 @@ results: .venv/installed  ## the README's table on real speech: make results ESR
 		f"This project needs Python 3.11, 3.12 or 3.13; {sys.executable} is {v[0]}.{v[1]}. Name another: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps resemblyzer==0.1.4  # its webrtcvad needs a compiler
 	touch $@

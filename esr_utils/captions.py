@@ -23,7 +23,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
-from esr_utils import acoustics, runs
+from esr_utils import acoustics, runs, weights
 from esr_utils.grammar import ATTRIBUTES, LEVELS, Grammar, load_grammars
 from esr_utils.manifests import to_cuts
 
@@ -31,11 +31,13 @@ CACHE = runs.RUNS / "cache"
 UNITS = {
     "pitch": "Hz, median over voiced frames",
     "energy": "dBFS, mean over active frames",
-    "tempo": "energy peaks a second",
+    "tempo": "energy peaks a second, from the first active frame to the last",
 }
 COLUMNS = ("utterance_id", "caption", *ATTRIBUTES, "grammar")
+VOICED = 0.12  # share of periodic frames below which a clip has no pitch: whispers have under 0.1, most speech 0.17
 OMITTED = 0.25  # of each attribute, in a training sentence: people seldom name them all
 FEWEST = 3  # train clips of a gender that have tertiles
+_HAN = "[\u3400-\u9fff]"
 _TRIES = 20  # draws for each sentence that is to differ from the clip's others
 
 # --- measuring
@@ -54,13 +56,13 @@ def measures(manifest: pd.DataFrame, cache: Path | None = CACHE) -> tuple[pd.Dat
     found = acoustics.measure(to_cuts(manifest), cache)
     skipped = found.attrs["skipped"]
     found = found.reindex(manifest["utterance_id"])
-    voiced = found["f0_hz"] > 0
+    voiced = found["periodic_share"] >= VOICED
     table = pd.DataFrame(
-        {"pitch": found["f0_hz"].where(voiced), "energy": found["energy_db"], "tempo": found["tempo_hz"]}
+        {"pitch": found["f0_hz"].where(voiced), "energy": found["energy_db"], "tempo": found["rate_hz"]}
     )
     table = table.rename_axis("utterance_id")
     left_out = [(name, attribute, f"audio {reason}") for name, reason in skipped.items() for attribute in UNITS]
-    left_out += [(name, "pitch", "no voiced frames") for name in table.index[~voiced] if name not in skipped]
+    left_out += [(name, "pitch", "hardly any voiced frames") for name in table.index[~voiced] if name not in skipped]
     return table, _left_out(left_out)
 
 
@@ -290,6 +292,19 @@ def of_manifest(
     return Captioned(pd.concat(tables, ignore_index=True), pd.concat(clips, ignore_index=True), thresholds, left_out)
 
 
+def check_language(captions: pd.DataFrame, text_backbone: str) -> None:
+    """Refuses captions in Mandarin for a text backbone that `weights` has a name for: all of those know English alone.
+
+    Raises:
+        ValueError: says what to give instead.
+    """
+    english = {*weights.PACKAGED, *weights.HUB, *(hub_id for hub_id, _ in weights.HUB.values())}
+    english |= {packaged.hub_id for packaged in weights.PACKAGED.values()}
+    if text_backbone in english and captions["caption"].str.contains(_HAN).any():
+        advice = "give the folder of a multilingual text backbone"
+        raise ValueError(f"captions are Mandarin, of which {text_backbone!r} knows nothing: {advice}")
+
+
 # --- which clips a caption is right for
 
 
@@ -337,7 +352,7 @@ def _same_text(captions: pd.DataFrame, clips: pd.DataFrame) -> NDArray[np.bool_]
 
 # --- describing
 
-_WORD = re.compile(r"[㐀-鿿]|[^\W\d_]+(?:['’-][^\W\d_]+)*")  # a Han character counts as a word
+_WORD = re.compile(_HAN + r"|[^\W\d_]+(?:['’-][^\W\d_]+)*")  # a Han character counts as a word
 
 
 def describe(captions: pd.DataFrame, manifest: pd.DataFrame) -> pd.DataFrame:

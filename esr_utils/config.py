@@ -25,6 +25,7 @@ Objective = Literal[
 ]
 Precision = Literal["auto", "fp32", "bf16"]
 Pooling = Literal["mean", "stats"]
+Diariser = Literal["silero", "funasr"]
 
 
 _NUMBER = {"int": "a whole number", "float": "a number"}
@@ -266,6 +267,40 @@ class FusionTrainConfig(_Config):
         if step < warm:
             return (step + 1) / warm
         return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+
+
+@dataclass(frozen=True)
+class MiningConfig(_Config):
+    """From video and audio to described clips (FS-CLAP section 3.3). Models are short names, hub ids or folders."""
+
+    separator: str = ""  # hdemucs | folder; empty: what is heard under the voices stays
+    chunk_s: float = 10.0  # seconds separated at a time
+    diariser: Diariser = "silero"  # silero: silero-vad + resemblyzer, from packages; funasr: the four models below
+    vad: str = "fsmn-vad"  # where somebody speaks
+    asr: str = "paraformer"  # words and their times
+    punctuation: str = "ct-punc"  # where sentences end
+    speaker_encoder: str = "cam++"  # whose voice it is
+    min_cosine: float = 0.0  # mean cosine at which two groups of segments are one speaker; 0: the encoder's own
+    merge_gap_s: float = 0.5  # seconds; a speaker's segments no further apart become one clip (sentences never do)
+    min_clip_s: float = 1.0  # seconds; shorter clips are left out
+    max_clip_s: float = 15.0  # seconds that joined segments last at most
+    threshold: float = 0.65  # of Eq. (5): mean of (cos + 1) / 2 to the speaker's other clips
+    keep_single: bool = True  # a speaker's only clip, which has no others to be like
+    emotion: str = ""  # sensevoice | folder; empty: clips are not described
+
+    def __post_init__(self) -> None:
+        self._check_choices(diariser=Diariser)
+        self._check_numbers()
+        self._check_positive("min_clip_s", "max_clip_s")
+        if not self.chunk_s >= 2:
+            raise ConfigError(f"chunk_s is {self.chunk_s!r}; it must be at least 2: chunks overlap by 1 s")
+        for name in ("threshold", "min_cosine"):
+            if getattr(self, name) > 1:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be at most 1")
+
+    @classmethod
+    def paper(cls) -> Self:
+        return cls(separator="hdemucs", diariser="funasr", emotion="sensevoice")
 
 
 # The rows of Table III, and below them what the paper leaves open: changes to TrainConfig.

@@ -43,7 +43,8 @@ def fit(
     Raises:
         provenance.RunExists: the folder holds a run with other settings, or another process trains it.
         ConfigError: settings that do not go together or name what is not there.
-        ValueError: no usable training clip with a caption, or no such device.
+        ValueError: no usable training clip with a caption, captions that the text backbone cannot read, or no such
+            device.
         FloatingPointError: a loss is no longer a number.
     """
     model_config, config = model_config or FusionConfig(), config or FusionTrainConfig()
@@ -61,6 +62,7 @@ def begin(
     config: FusionTrainConfig,
 ) -> None:
     """`provenance.begin` for a run on captions."""
+    captions.check_language(captioned.table, model_config.text_backbone)
     provenance.begin(manifest, folder, model_config, config, _learned(manifest, captioned))
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -255,9 +256,56 @@ def recall_by_duration(table: pd.DataFrame, protocols: dict[str, str], ks: tuple
     return figure
 
 
+def similarities(clips: pd.DataFrame, threshold: float) -> Figure:
+    """How like its speaker's other clips each clip is (FS-CLAP Eq. 5), with the threshold.
+
+    Args:
+        clips: of `mining.mine`; clips that are their speaker's only one have no similarity, and are counted apart.
+    """
+    known = clips["similarity"].dropna()
+    figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
+    axis.hist(known, bins=np.linspace(0, 1, 41), color="#33658a")
+    axis.axvline(
+        threshold, color="#c1121f", lw=1.5, label=f"threshold {threshold:g} (mean cosine {2 * threshold - 1:.2f})"
+    )
+    axis.set(xlabel="mean of (cos + 1) / 2 to the speaker's other clips", ylabel="clips", xlim=(0, 1))
+    left, alone = int((known < threshold).sum()), int(clips["similarity"].isna().sum())
+    axis.set_title(
+        f"{len(known)} clips, {left} below the threshold; not shown: {alone}, too short or alone", fontsize=10
+    )
+    axis.legend(frameon=False, loc="upper left")
+    return figure
+
+
+def timeline(clips: pd.DataFrame, truth: Sequence[str] | None = None, seconds: float = 300.0) -> Figure:
+    """Who speaks when in one file: a row a speaker that was found, a bar a clip; pale: left out.
+
+    Args:
+        clips: of `mining.mine`, of one file; what begins after `seconds` is not drawn.
+        truth: who really speaks in each clip, which gives it its colour; None: not known.
+    """
+    who = list(truth) if truth is not None else ["clip"] * len(clips)
+    colours = dict(zip(dict.fromkeys(who), sns.color_palette("colorblind", len(set(who)) or 1), strict=False))
+    drawn = [(clip, name) for clip, name in zip(clips.itertuples(), who, strict=True) if clip.start_s < seconds]
+    names = list(dict.fromkeys(clip.speaker for clip, _ in drawn))
+    figure, axis = plt.subplots(figsize=(9, 1.2 + 0.3 * max(len(names), 2)), layout="constrained")
+    for clip, name in drawn:
+        place = names.index(clip.speaker) - 0.4, 0.8
+        alpha = 0.3 if clip.left_out else 1.0
+        axis.broken_barh([(clip.start_s, clip.end_s - clip.start_s)], place, color=colours[name], alpha=alpha)
+    axis.set_yticks(range(len(names)), [name.rsplit("-", 1)[-1] for name in names])
+    axis.set(xlabel="seconds", ylabel="speaker found", ylim=(len(names) - 0.4, -0.6))
+    if truth is not None:
+        handles = [Patch(color=colour, label=name or "nobody") for name, colour in colours.items()]
+        figure.legend(handles=handles, title="true speaker", frameon=False, loc="outside right center")
+    return figure
+
+
 def players(hits: pd.DataFrame, query: str = "") -> HTML:
     """Manifest rows, or search hits, as a table with a player each (at most 30 s, level normalised, FLAC)."""
-    columns = [name for name in ("rank", "score", "style", "text", "utterance_id") if name in hits]
+    columns = [name for name in ("rank", "score", "style", "caption", "text", "utterance_id") if name in hits]
+    if "caption" in hits and (hits["caption"] == "").all():
+        columns.remove("caption")
     rows = []
     cuts = {cut.custom["utterance_id"]: cut for cut in to_cuts(hits)}
     for hit in hits.to_dict("records"):

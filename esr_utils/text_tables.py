@@ -24,10 +24,10 @@ from esr_utils.runs import atomic_path
 CHUNK = 1 << 14  # rows in memory at a time, beside those that are kept
 
 
-def in_parts(items: Iterable, size: int = CHUNK) -> Iterator[list]:
-    """Lists of at most `size` items."""
+def in_parts(items: Iterable) -> Iterator[list]:
+    """Lists of at most CHUNK items."""
     items = iter(items)
-    while part := list(islice(items, size)):
+    while part := list(islice(items, CHUNK)):
         yield part
 
 
@@ -121,7 +121,7 @@ def csv_rows(path: str | Path, header: bool = False) -> Iterator[tuple[str, dict
             try:
                 row = next(reader, None)
             except csv.Error:  # a cell of over 128 KB: a quote that nothing closes
-                row = []
+                row = [""]
             if row is None:
                 return
             place, last = _lines(last + 1, reader.line_num), reader.line_num
@@ -130,7 +130,7 @@ def csv_rows(path: str | Path, header: bool = False) -> Iterator[tuple[str, dict
                 if header:
                     yield place, dict(zip(names, names, strict=True))
                     return
-            elif row or "-" in place:
+            elif row:  # else a blank line
                 yield place, dict(zip(names, row, strict=True)) if len(row) == len(names) else None
 
 
@@ -164,7 +164,7 @@ def json_items(path: str | Path) -> Iterator[tuple[str, Any]]:
     Encodings: see `csv_rows`.
 
     Raises:
-        JsonError: where the file stops being JSON. What came before has been given.
+        JsonError: where the file stops being JSON. What came before has been given, the last member perhaps not.
     """
     with _open(path) as file:
         first, lines = _first_line(file)

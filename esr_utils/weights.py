@@ -71,6 +71,12 @@ HUB = {
     "t5": ("google-t5/t5-base", _TEXT),
     "flan-t5": ("google/flan-t5-base", _TEXT),
     "clap": ("laion/clap-htsat-unfused", f"{_TEXT}, preprocessor_config.json"),  # both sides of one model
+    # for mining alone
+    "fsmn-vad": ("funasr/fsmn-vad", "config.yaml, model.pt, am.mvn"),
+    "paraformer": ("funasr/paraformer-zh", "config.yaml, model.pt, am.mvn, tokens.json, seg_dict"),
+    "ct-punc": ("funasr/ct-punc", "config.yaml, model.pt, tokens.json, jieba_usr_dict"),
+    "cam++": ("funasr/campplus", "config.yaml, campplus_cn_common.bin"),
+    "sensevoice": ("FunAudioLLM/SenseVoiceSmall", "config.yaml, model.pt, am.mvn, *.bpe.model"),
 }
 
 
@@ -114,7 +120,7 @@ def _from_hub(hub_id: str, name: str) -> Path:
         f"Known short names: {', '.join((*PACKAGED, *HUB))}."
     )
     try:
-        small = ["*.json", "*.txt", "*.model", "*.jinja", "*.yaml"]
+        small = ["*.json", "*.txt", "*.model", "*.jinja", "*.yaml", "*.mvn", "*_dict", "campplus*.bin"]
         folder = Path(snapshot_download(hub_id, allow_patterns=[*small, "*.safetensors"]))
         if not list(folder.glob("*.safetensors")):  # many repositories hold the same weights in several formats
             folder = Path(snapshot_download(hub_id, allow_patterns=[*small, "pytorch_model.bin", "*.pt"]))
@@ -156,7 +162,7 @@ def quiet_transformers():
 
 def weights_file(folder: Path) -> Path:
     """The file with a folder's weights, safetensors first, or WeightsError if there is none."""
-    for pattern in ("*.safetensors", "pytorch_model.bin", "*.pt"):
+    for pattern in ("*.safetensors", "pytorch_model.bin", "*.pt", "campplus*.bin"):
         if found := sorted(folder.glob(pattern)):
             return found[0]
     raise WeightsError(f"{folder} holds no weights: put model.safetensors, pytorch_model.bin or a .pt file there")
@@ -179,7 +185,7 @@ def read_state(file: Path) -> dict[str, Tensor]:
             f"{file} is damaged, or holds more than tensors, which could run as a program when read "
             f"({type(error).__name__}): get it anew from where it was published"
         ) from None
-    for key in ("state_dict", "model_state_dict", "model"):
+    for key in ("state_dict", "model_state_dict", "model_state", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}

@@ -298,7 +298,15 @@ def test_a_run_stopped_by_an_error_asks_only_for_what_is_missing(server, tmp_pat
     assert len(server.asked) == 23 - 7
 
 
-def test_ctrl_c_loses_nothing_that_was_accepted(server, tmp_path):
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C as Python has it; tests that run behind a shell's & are started with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_loses_nothing_that_was_accepted(server, tmp_path, ctrl_c):
     def interrupt(handler, answer):
         os.kill(os.getpid(), signal.SIGINT)
         slow(0.3)(handler, answer)

@@ -24,7 +24,7 @@ LAYERS = {
     "models": ("speech", "text", "chat", "retriever", "fusion", "embedding"),
     "top": (
         "objective", "checkpoints", "fitting", "training", "evaluation", "comparison", "ablations", "spaces", "index",
-        "generation", "plots", "fusion_objective", "fusion_training", "fusion_systems", "protocols",
+        "generation", "mining", "plots", "fusion_objective", "fusion_training", "fusion_systems", "protocols",
         "fusion_evaluation", "fusion_tables",
     ),
 }  # fmt: skip
@@ -105,7 +105,7 @@ def test_there_is_no_circle():
 @pytest.mark.parametrize(
     ("libraries", "allowed"),
     [
-        ({"transformers", "tokenizers", "funasr"}, {"speech", "text", "chat", "weights"}),
+        ({"transformers", "tokenizers", "funasr"}, {"speech", "text", "chat", "weights", "mining"}),
         ({"matplotlib", "seaborn"}, {"plots"}),
         ({"accelerate"}, {"training", "objective"}),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import nbformat
 import pandas as pd
@@ -9,7 +10,7 @@ import pytest
 from papermill import execute_notebook
 from papermill.exceptions import PapermillExecutionError
 
-from esr_utils import evaluation, manifests, runs, training
+from esr_utils import captions, evaluation, manifests, runs, text_tables, training
 from esr_utils.config import ABLATIONS, TrainConfig
 
 NOTEBOOKS = sorted((runs.PROJECT / "notebooks").glob("*.ipynb"))
@@ -51,8 +52,26 @@ def test_quickstart_trains_evaluates_plots_searches_and_can_be_heard(folder):
 def test_data_notebook_shows_every_style_and_corpus(folder):
     shown = execute("01_data_prep", folder, run=str(folder / "data"))
     assert (folder / "data" / "table_one.csv").is_file()
-    assert shown.count("<audio controls") == 22
+    assert shown.count("<audio controls") == 22 + 6  # one a style, and three captions of each grammar
+    table = text_tables.read_table(folder / "data" / "captions.csv")
+    assert len(table) > 3500 and set(table["grammar"]) == {"seen", "held_out"}
+    assert set(captions.Thresholds.load(folder / "data" / "thresholds.json").tertiles) == {"demo"}
     assert all(corpus in shown for corpus in ("RAVDESS", "EmoDB", "nEMO"))
+
+
+def test_data_notebook_describes_a_captioned_corpus(folder, data_root):
+    root = folder / "captioned"
+    shutil.copytree(data_root / "mini", root / "promptspeech")
+    clips = pd.read_csv(root / "promptspeech" / "manifest.csv")
+    (root / "promptspeech" / "manifest.csv").unlink()
+    pd.DataFrame({"wav_fp": clips["path"], "style_prompt": "A " + clips["style"] + " voice", "volume": "low"}).to_csv(
+        root / "promptspeech" / "all.csv", index=False
+    )
+    (root / "mini").symlink_to(data_root / "mini")
+    options = {"corpora": "promptspeech", "captions_of": "mini", "data_root": str(root), "run": str(folder / "told")}
+    shown = execute("01_data_prep", folder, **options)
+    assert "A whispered voice" in shown and shown.count("<audio controls") == 1 + 6
+    assert len(pd.read_csv(root / "promptspeech" / "manifest.csv")) == 33
 
 
 def test_prompt_notebook_finds_no_clash_and_writes_the_map(folder):
@@ -166,6 +185,23 @@ def test_fsclap_evaluation_notebook_gives_the_papers_tables_the_map_and_the_leak
     assert 0 <= results["mini/rerank/t2a/map@10"] <= 1 and "mini/masked/a2t/r@1_ci95" in results
 
 
+def test_data_construction_notebook_mines_an_episode_and_files_of_ones_own(folder):
+    run = folder / "mined"
+    shown = execute("10_data_construction", folder, cwd=folder, run=str(run))
+    assert "No separator: " in shown and "No emotion model: " in shown
+    assert exported(run / "figures", "timeline", "similarities", kinds=("png", "svg"))
+    corpus = manifests.load_corpora("mined", folder)
+    assert len(corpus) >= 15 and corpus["speaker"].nunique() == 3
+    own = folder / "own files"
+    own.mkdir()
+    shutil.copy(next((folder / "mined-media").glob("*.wav")), own / "a talk.wav")
+    (own / "broken.wav").write_text("no audio")
+    execute("10_data_construction", folder, run=str(folder / "own"), media=str(own), language="en", min_clip_s=2)
+    assert pd.read_csv(folder / "own" / "failures.csv")["file"].tolist() == ["broken.wav"]
+    own = manifests.load_corpora("own", folder)
+    assert set(own["source"]) == {"a talk.wav"} and set(own["language"]) == {"en"} and own["duration_s"].min() >= 2
+
+
 def test_unknown_parameter_stops_the_run_with_the_known_ones(folder):
     with pytest.raises(
         PapermillExecutionError, match="unknown parameter 'bckbone'; known are: backbone, speech_backbone"
@@ -210,4 +246,7 @@ def test_parameters_that_scripts_rely_on():
     }  # fmt: skip
     assert declared["09_fsclap_evaluate"] >= {"run", "corpora", "data_root", "split", "protocol"}
     assert declared["06_duration_buckets"] >= {"run", "runs_compared", "corpora", "data_root", "split"}
+    assert declared["10_data_construction"] >= {
+        "media", "run", "separator", "diariser", "emotion", "threshold", "keep_single", "device",
+    }  # fmt: skip
     assert declared["07_embedding_maps"] >= {"run", "without", "corpora", "data_root", "split", "prompts"}

@@ -121,3 +121,36 @@ def test_a_figure_is_written_as_png_and_svg_the_same_each_time(tmp_path):
     assert (tmp_path / "a" / "f.v1.png").read_bytes().startswith(b"\x89PNG")
     svg = (tmp_path / "a" / "f.v1.svg").read_bytes()
     assert b"<svg" in svg and svg == (tmp_path / "b" / "f.v1.svg").read_bytes()
+
+
+def mined() -> pd.DataFrame:
+    """Four clips of two speakers, one left out; one after the first five minutes."""
+    rows = [(1.0, 3.0, "x-0", 0.9, ""), (4.0, 5.0, "x-1", 0.5, "unlike"), (6.0, 8.0, "x-0", 0.8, "")]
+    rows.append((400.0, 402.0, "x-7", np.nan, ""))
+    return pd.DataFrame(rows, columns=["start_s", "end_s", "speaker", "similarity", "left_out"])
+
+
+def test_similarities_are_counted_and_the_threshold_is_drawn():
+    (axis,) = plots.similarities(mined(), 0.65).axes
+    assert sum(bar.get_height() for bar in axis.patches) == 3
+    assert axis.lines[0].get_xdata() == [0.65, 0.65]
+    assert axis.get_title() == "3 clips, 1 below the threshold; not shown: 1, too short or alone"
+    assert axis.get_legend().get_texts()[0].get_text() == "threshold 0.65 (mean cosine 0.30)"
+
+
+def test_a_timeline_has_a_row_a_speaker_and_the_true_ones_colours():
+    figure = plots.timeline(mined(), ["ana", "ben", "ana", "ben"])
+    (axis,) = figure.axes
+    boxes = [collection.get_paths()[0].get_extents() for collection in axis.collections]
+    assert [(box.x0, box.x1, (box.y0 + box.y1) / 2) for box in boxes] == [(1, 3, 0), (4, 5, 1), (6, 8, 0)]
+    assert [collection.get_alpha() for collection in axis.collections] == [1, 0.3, 1]
+    colours = [tuple(collection.get_facecolor()[0][:3]) for collection in axis.collections]
+    assert colours[0] == colours[2] != colours[1]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ana", "ben"]
+    assert not plots.timeline(mined()).legends
+
+
+def test_a_file_without_clips_has_its_figures_too():
+    none = mined().head(0)
+    assert not plots.timeline(none, []).axes[0].collections
+    assert plots.similarities(none, 0.65).axes[0].get_title().startswith("0 clips")

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from esr_utils import batches, weights
 from esr_utils.manifests import to_cuts
-from esr_utils.speech import SpeechBackbone, emotion2vec, load_speech_backbone
+from esr_utils.speech import SpeechBackbone, emotion2vec, funasr_classes, load_speech_backbone
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +260,7 @@ def test_loading_says_nothing_asks_nobody_and_leaves_the_threads_alone(tiny_spee
 
 
 def test_without_funasr_it_is_asked_for(monkeypatch, tiny_speech):
-    monkeypatch.setattr(emotion2vec, "find_spec", lambda name: None)
+    monkeypatch.setattr(funasr_classes, "find_spec", lambda name: None)
     with pytest.raises(weights.WeightsError, match="funasr.*not installed"):
         load_speech_backbone(tiny_speech("emotion2vec"))
 

@@ -6,15 +6,10 @@ padding of its batch.
 
 from __future__ import annotations
 
-import importlib
-import io
 import re
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from importlib.util import find_spec
+from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -25,6 +20,7 @@ from torch.nn import functional as F
 
 from esr_utils import weights
 from esr_utils.speech.convolutions import ConvLayer, conv_stack, grouped_conv
+from esr_utils.speech.funasr_classes import funasr_modules, quiet
 from esr_utils.speech.kernels import dropout, linear
 from esr_utils.speech.transformer import ConvTransformer, TransformerLayer
 
@@ -203,22 +199,6 @@ def _read_config(file: Path) -> dict:
 
 @contextmanager
 def _funasr() -> Iterator[type]:
-    """funasr's Emotion2vec class, within the context, quietly, and without the rest of funasr.
-
-    `import funasr` imports every model it has, which takes ten seconds and writes to the terminal. If nobody has done
-    so yet, an empty package stands for it while this one is imported and built, and nothing is left of that.
-    """
-    loaded = [name for name in sys.modules if name.split(".")[0] == "funasr"]
-    if not loaded:
-        if (spec := find_spec("funasr")) is None:
-            raise ImportError("it is not installed")
-        package = ModuleType("funasr")
-        package.__path__ = list(spec.submodule_search_locations)
-        sys.modules["funasr"] = package
-    try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            yield importlib.import_module("funasr.models.emotion2vec.model").Emotion2vec
-    finally:
-        if not loaded:
-            for name in [name for name in sys.modules if name.split(".")[0] == "funasr"]:
-                del sys.modules[name]
+    """funasr's Emotion2vec class, within the context, quietly, and without the rest of funasr."""
+    with funasr_modules("models.emotion2vec.model") as (module,), quiet():
+        yield module.Emotion2vec
