@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import soundfile
 
-from esr_utils import captions
+from esr_utils import attributes, captions
 from esr_utils.captions import ATTRIBUTES, Thresholds, attribute_captions, clip_attributes, relevance
 from esr_utils.manifests import load_corpora
 from esr_utils.text_tables import read_table, write_table
@@ -89,12 +89,12 @@ def test_thresholds_are_saved_and_loaded(tmp_path: Path) -> None:
 
 
 def test_levels_are_those_of_the_measures(manifest: pd.DataFrame, kept: Path) -> None:
-    measured, _ = captions.measures(manifest, kept)
+    measured, _ = attributes.measures(manifest, kept)
     clips, thresholds, left_out = clip_attributes(manifest, cache=kept)
     assert clips["utterance_id"].equals(manifest["utterance_id"])
     assert clips["style"].equals(manifest["style"]) and clips["gender"].equals(manifest["gender"])
     for clip, row in zip(clips.to_dict("records"), manifest.to_dict("records"), strict=True):
-        for attribute in captions.UNITS:
+        for attribute in attributes.UNITS:
             value = measured.loc[row["utterance_id"], attribute]
             low, high = thresholds.tertiles["mini"][row["gender"]][attribute]
             expected = "" if np.isnan(value) else "low" if value < low else "high" if value > high else "normal"

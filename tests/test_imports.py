@@ -18,8 +18,8 @@ LAYERS = {
         "codebook",
     ),
     "data": (
-        "manifests", "corpora", "provenance", "batches", "acoustics", "captions", "trials", "scoring", "captioned",
-        "controls", "embeddings_file",
+        "manifests", "corpora", "provenance", "batches", "acoustics", "attributes", "captions", "trials", "scoring",
+        "captioned", "controls", "embeddings_file",
     ),
     "models": ("speech", "text", "chat", "retriever", "fusion", "embedding"),
     "top": (

@@ -10,7 +10,7 @@ import pytest
 from papermill import execute_notebook
 from papermill.exceptions import PapermillExecutionError
 
-from esr_utils import captions, evaluation, manifests, runs, text_tables, training
+from esr_utils import attributes, evaluation, manifests, runs, text_tables, training
 from esr_utils.config import ABLATIONS, TrainConfig
 
 NOTEBOOKS = sorted((runs.PROJECT / "notebooks").glob("*.ipynb"))
@@ -55,7 +55,7 @@ def test_data_notebook_shows_every_style_and_corpus(folder):
     assert shown.count("<audio controls") == 22 + 6  # one a style, and three captions of each grammar
     table = text_tables.read_table(folder / "data" / "captions.csv")
     assert len(table) > 3500 and set(table["grammar"]) == {"seen", "held_out"}
-    assert set(captions.Thresholds.load(folder / "data" / "thresholds.json").tertiles) == {"demo"}
+    assert set(attributes.Thresholds.load(folder / "data" / "thresholds.json").tertiles) == {"demo"}
     assert all(corpus in shown for corpus in ("RAVDESS", "EmoDB", "nEMO"))
 
 
