@@ -216,10 +216,10 @@ Contrast = Literal["infonce", "hard-negative", "hard-negative-mga-clap", "hard-n
 class FusionTrainConfig(_Config):
     """Training on captions, for FS-CLAP and its baselines (FS-CLAP section 4.2)."""
 
-    epochs: int = 15
+    epochs: int = 12
     warmup_epochs: int = 1  # the learning rate rises over these, then falls by a cosine to 0 at the last step
     max_steps: int = 0  # stop after so many optimiser steps; 0 = no limit
-    batch_size: int = 96  # B, pairs in a contrastive batch
+    batch_size: int = 32  # B, pairs in a contrastive batch; the paper's is 96
     accumulation_steps: int = 1  # batches whose gradients are added up before a step of the optimiser; the paper's is 2
     crop_s: float = 8.0  # seconds, longest piece of a clip seen in training
     learning_rate: float = 1e-3  # at its peak: of the heads and of fusion and separation
@@ -249,6 +249,7 @@ class FusionTrainConfig(_Config):
         """10 epochs, two batches of 96 a step, Eq. (3) with weight 1. What it does to pairs, the paper does not say."""
         return cls(
             epochs=10,
+            batch_size=96,
             accumulation_steps=2,
             learning_rate=1e-4,
             mask_false_negatives=False,
