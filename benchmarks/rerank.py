@@ -49,7 +49,7 @@ class Collection:
         kept = frozen_frames(self.model, manifests.to_cuts(clips), "normalised")
         self.tokens = protocols.speech_tokens(self.model, kept.frames)
         started = time.perf_counter()
-        self.vectors = protocols.unit_vectors(self.model, self.tokens, "speech", "masked")
+        self.vectors = protocols.unit_vectors(self.model, self.tokens, "speech", "bi-encoder")
         self.seconds = time.perf_counter() - started
 
     def rerank(self, queries: list[str], bf16: bool = False) -> protocols.Scored:

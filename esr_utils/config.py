@@ -126,7 +126,7 @@ class FusionConfig(_Config):
     codebook: int = 0  # entries of a codebook shared by both modalities, in place of attention pooling; 0 = none
     dropout: float = 0.1  # share of the projected tokens' and the branches' numbers dropped in training
     temperature: float = 0.07  # tau at the start; learned from there
-    gamma: float = 0.15  # scaling ratio of the hard-negative loss, Eq. (2), at the start; learned from there
+    gamma: float = 0.15  # scaling ratio of the hard-negative loss, Eq. (2); learned from there with `learn_gamma`
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -217,7 +217,7 @@ class FusionTrainConfig(_Config):
     """Training on captions, for FS-CLAP and its baselines (FS-CLAP section 4.2)."""
 
     epochs: int = 12
-    warmup_epochs: int = 1  # the learning rate rises over these, then falls by a cosine to 0 at the last step
+    warmup_epochs: int = 1  # the learning rate rises over these, then falls by a cosine to 0 after `epochs`
     max_steps: int = 0  # stop after so many optimiser steps; 0 = no limit
     batch_size: int = 32  # B, pairs in a contrastive batch; the paper's is 96
     accumulation_steps: int = 1  # batches whose gradients are added up before a step of the optimiser; the paper's is 2

@@ -154,7 +154,10 @@ def what_to_run(system: str) -> str:
     """
     if system not in SYSTEMS:
         raise ValueError(f"system is {system!r}; there are scripts for {', '.join(SYSTEMS)}")
-    return f"not run: python systems/embed.py {system}, in an environment of its own (systems/{system}/encoder.py)"
+    return (
+        f"not run: python systems/embed.py {system} --manifest <corpus>/manifest.csv --captions <run>/captions.csv, in "
+        f"an environment of its own (systems/{system}/)"
+    )
 
 
 def _check(folder: Path, about: object, tensors: bytes) -> None:

@@ -52,6 +52,13 @@ def pool_frames(layers: Tensor, mask: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return grouped.sum(3) / valid.sum(2).clamp(min=1)[:, None, :, None], valid.any(2)
 
 
+def pick(tokens: Tokens, index: Tensor) -> Tokens:
+    """Some of the sequences, in an order of one's own, cut to the longest of them."""
+    mask = tokens.mask[index]
+    longest = int(mask.sum(1).max())
+    return Tokens(tokens.values[index, :longest], mask[:, :longest])
+
+
 class FrameHead(nn.Module):
     """(B, L, T, D) frames -> (B, T, d) tokens: standardised and mixed as in `retriever.SpeechHead`, then projected."""
 
@@ -215,7 +222,7 @@ class FusionRetriever(Retriever):
 
     @property
     def gamma(self) -> Tensor:
-        """The hard-negative loss's scaling ratio, FS-CLAP Eq. (2), learned; at least 0."""
+        """The hard-negative loss's scaling ratio, FS-CLAP Eq. (2), where it is learned; at least 0."""
         return self.raw_gamma - self.raw_gamma.clamp(max=0.0).detach()  # at 0 it still has a gradient, to come back by
 
     def speech_tokens(self, batch: dict) -> Tokens:

@@ -20,10 +20,11 @@ from esr_utils import batches, embedding, intervals, modality, protocols, runs
 from esr_utils.captioned import DIRECTIONS, Captions, CaptionScorer, Found
 from esr_utils.captions import Captioned, relevance
 from esr_utils.config import Level
-from esr_utils.embeddings_file import ABOUT, PROTOCOL, EmbeddingsFile
-from esr_utils.fusion import FusionRetriever
+from esr_utils.embeddings_file import ABOUT, PROTOCOL, EmbeddingsFile, EmbeddingsFileError
+from esr_utils.fusion import FusionRetriever, Way, pick
 from esr_utils.manifests import to_cuts
 from esr_utils.tables import Cell
+from esr_utils.text import Tokens
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Row:
         fusions: pairs fused to score the set both ways.
         seconds: that it took, mean over the seeds, without the speech backbone.
         ceiling: of a rerank, by direction: the share of queries with a right item on their shortlist, mean over seeds.
-        gap: modality gap of the vectors made alone, mean over the seeds; None where there are none.
+        gap: modality gap of the vectors made alone, mean over the seeds; None where the sides are fused.
     """
 
     corpus: str
@@ -109,7 +110,8 @@ class Row:
         drawn = np.stack([one.replicates[name] for one in self.found])
         value = float(np.mean([one.values[name] for one in self.found]))
         replicates = np.einsum("rs,sr->r", intervals.seed_weights(*drawn.shape), drawn)
-        return Cell(value, tuple(intervals.interval(replicates, value)), digits=3)
+        n_queries = self.found[0].values[f"{direction}/n_queries"]
+        return Cell(value, tuple(intervals.interval_of_few(replicates, value, n_queries)), digits=3)
 
 
 def evaluate(
@@ -122,48 +124,67 @@ def evaluate(
 ) -> list[Row]:
     """Scores systems (label -> run folders, one for each seed) on every set by every protocol.
 
-    A model without fusion has one way to be scored, and gets the row `bi-encoder` alone, and `matched`, which is the
-    same for it. A clip past 30 s is the sequence of its windows' frames.
+    A model without fusion has one way to be scored, so all honest protocols are one row for it, `bi-encoder`. A clip
+    past 30 s is the sequence of its windows' frames.
 
     Args:
         asked: of `protocols.HONEST`, and `matched`, whose rows no table but `leak_table` takes.
         k: of the rerank.
+
+    Raises:
+        ValueError: no such protocol; or a clip cannot be used.
     """
+    if unknown := set(asked) - {*protocols.HONEST, *protocols.LEAKY}:
+        raise ValueError(f"protocol {', '.join(sorted(unknown))}: there are {', '.join(protocols.HONEST)}, matched")
     rows = []
     for system, folders in systems.items():
         made: dict[tuple[str, str], list[tuple]] = {}
         for folder in folders:
             model, level = _loaded(folder, device)
             for test in tests:
-                frames, texts = clip_frames(model, test.clips, level, cache), test.captions.texts
-                gap = modality.gap(_unit(model, frames, "speech"), _unit(model, texts, "text"))
-                for protocol in asked:
-                    if model.config.fusion or protocol in ("bi-encoder", "matched"):
-                        made.setdefault((test.corpus, protocol), []).append(
-                            (*_scored(model, frames, test, protocol, k), gap)
-                        )
+                sides = _tokens(model, clip_frames(model, test.clips, level, cache), test.captions.texts)
+                for protocol in asked if model.config.fusion else dict.fromkeys(map(_without_fusion, asked)):
+                    scored = _scored(model, *sides, test, protocol, k)
+                    made.setdefault((test.corpus, protocol), []).append(scored)
         for (corpus, protocol), results in made.items():
             found, fusions, seconds, ceilings, gaps = zip(*results, strict=True)
             ceiling = {d: float(np.mean([one[d] for one in ceilings])) for d in ceilings[0]} or None
-            mean_seconds, gap = float(np.mean(seconds)), float(np.mean(gaps))
+            mean_seconds, gap = float(np.mean(seconds)), None if gaps[0] is None else float(np.mean(gaps))
             rows.append(Row(corpus, system, protocol, found, fusions[0], mean_seconds, ceiling, gap))
     return rows
 
 
-def from_file(file: EmbeddingsFile, tests: Sequence[CaptionedSet]) -> list[Row]:
+def from_file(file: EmbeddingsFile, tests: Sequence[CaptionedSet], level: Level) -> list[Row]:
     """The rows of a system that lives elsewhere, by the vectors that it made of these clips and captions.
 
+    A corpus of which the file has nothing gets no row: it may be in another file.
+
+    Args:
+        level: at which the systems beside it heard the clips.
+
     Raises:
-        EmbeddingsFileError: a clip or caption is not in the file.
+        EmbeddingsFileError: it heard them at another level, or has a part of a corpus's clips and captions only.
     """
-    scores = {test.corpus: file.scores(test.captions.texts, test.clips["utterance_id"].tolist()) for test in tests}
-    return [Row(test.corpus, file.system, PROTOCOL, (test.scorer.retrieval(scores[test.corpus]),)) for test in tests]
+    if file.level != level:
+        raise EmbeddingsFileError(f"{file.system} heard the level {file.level}, the others {level}: write it anew")
+    inside = [test for test in tests if set(file.utterance_ids) & set(test.clips["utterance_id"])]
+    scores = [file.scores(test.captions.texts, test.clips["utterance_id"].tolist()) for test in inside]
+    return [
+        Row(test.corpus, file.system, PROTOCOL, (test.scorer.retrieval(one),))
+        for test, one in zip(inside, scores, strict=True)
+    ]
 
 
-def from_folder(folder: str | Path, tests: Sequence[CaptionedSet]) -> list[Row]:
-    """`from_file` of every embeddings file in a folder, one a subfolder; none for ""."""
+def from_folder(folder: str | Path, tests: Sequence[CaptionedSet], level: Level) -> list[Row]:
+    """`from_file` of every embeddings file in a folder, one a subfolder; none for "".
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    if folder and not Path(folder).is_dir():
+        raise FileNotFoundError(f"embeddings: there is no folder {folder}")
     files = sorted(path.parent for path in Path(folder).glob(f"*/{ABOUT}")) if folder else []
-    return [row for file in files for row in from_file(EmbeddingsFile.read(file), tests)]
+    return [row for file in files for row in from_file(EmbeddingsFile.read(file), tests, level)]
 
 
 def clip_frames(model: FusionRetriever, clips: pd.DataFrame, level: str, cache: Path) -> list[Tensor]:
@@ -192,20 +213,25 @@ def joint_spaces(
 ) -> dict[str, tuple[np.ndarray, pd.DataFrame]]:
     """The space of each system's first run, for maps side by side (FS-CLAP Fig. 2): title -> vectors, about.
 
-    Vectors are those of the clips with a style and of the captions written for them, each made alone. A title has the
-    modality gap. About: columns style, modality (speech, text).
+    Vectors are those of the clips and of the captions written for them, made alone as an index keeps them (`masked`).
+    A title has their modality gap. About: columns style ("" where there is none), modality (speech, text).
     """
-    clips = test.clips[test.clips["style"] != ""]
-    written = test.captions.written_for[:, clips.index]
-    texts = [text for text, used in zip(test.captions.texts, written.any(1), strict=True) if used]
-    styles = [*clips["style"], *clips["style"].iloc[written[written.any(1)].argmax(1)]]
-    about = pd.DataFrame({"style": styles, "modality": ["speech"] * len(clips) + ["text"] * len(texts)})
+    first_clip = test.captions.written_for.argmax(axis=1)
+    styles = [*test.clips["style"], *test.clips["style"].iloc[first_clip]]
+    names = ["speech"] * len(test.clips) + ["text"] * len(test.captions.texts)
+    about = pd.DataFrame({"style": styles, "modality": names})
     found = {}
     for system, (folder, *_) in systems.items():
         model, level = _loaded(folder, device)
-        sides = _unit(model, clip_frames(model, clips, level, cache), "speech"), _unit(model, texts, "text")
-        found[f"{system}, modality gap {modality.gap(*sides):.2f}"] = np.concatenate(sides), about
+        sides = _tokens(model, clip_frames(model, test.clips, level, cache), test.captions.texts)
+        vectors = _alone(model, *sides, "masked")
+        found[f"{system}, modality gap {modality.gap(*vectors):.2f}"] = np.concatenate(vectors), about
     return found
+
+
+def level_of(systems: Mapping[str, Sequence[str | Path]]) -> Level:
+    """The level at which the systems heard their clips."""
+    return runs.read_json(runs.run_folder(next(iter(systems.values()))[0]) / "config.json")["training"]["level"]
 
 
 def _loaded(folder: str | Path, device: str) -> tuple[FusionRetriever, Level]:
@@ -215,32 +241,42 @@ def _loaded(folder: str | Path, device: str) -> tuple[FusionRetriever, Level]:
     return FusionRetriever.load(folder / "best", runs.pick_device(device)), level
 
 
-def _scored(
-    model: FusionRetriever, frames: list[Tensor], test: CaptionedSet, protocol: str, k: int
-) -> tuple[Found, int, float, dict[str, float]]:
-    """What is found, by how many fusions and seconds, and the ceiling of a rerank."""
-    if protocol in protocols.LEAKY:
-        own = [test.captions.texts[i] for i in test.own]
-        scored = protocols.score(model, frames, own, protocol)
-        right = test.captions.relevant[test.own]
-        scorer = CaptionScorer(right, test.clips["speaker"], test.scorer.seed, np.eye(len(own), dtype=bool) & right)
-        return scorer.retrieval(scored.matrix), scored.fusions, scored.seconds, {}
-    texts = test.captions.texts
-    ways = {"t2a": protocols.score(model, frames, texts, protocol, k, "t2a")}
-    ways["a2t"] = protocols.score(model, frames, texts, protocol, k, "a2t") if protocol == "rerank" else ways["t2a"]
-    used = {id(way): way for way in ways.values()}.values()
-    found = test.scorer.retrieval(ways["t2a"].matrix, ways["a2t"].matrix)
-    ceiling = {}
-    if protocol == "rerank":
-        values = test.scorer.ceiling(ways["t2a"].matrix, k, ways["a2t"].matrix)
-        ceiling = {direction: values[f"{direction}/ceiling@{k}"] for direction in DIRECTIONS}
-    return found, sum(way.fusions for way in used), sum(way.seconds for way in used), ceiling
+@torch.no_grad()
+def _tokens(model: FusionRetriever, frames: list[Tensor], texts: list[str]) -> tuple[Tokens, Tokens]:
+    return protocols.speech_tokens(model.eval(), frames), protocols.text_tokens(model, texts)
 
 
 @torch.no_grad()
-def _unit(model: FusionRetriever, items: list, side: str) -> np.ndarray:
-    """(N, d) unit vectors of frames or sentences, made alone."""
-    batched = [items[start : start + 128] for start in range(0, len(items), 128)]
-    if side == "text":
-        return torch.cat([model.encode_text(part).cpu() for part in batched]).numpy()
-    return torch.cat([model.encode_speech(embedding.padded_frames(part)).cpu() for part in batched]).numpy()
+def _alone(model: FusionRetriever, clips: Tokens, texts: Tokens, way: Way) -> tuple[np.ndarray, np.ndarray]:
+    """Unit vectors of clips and captions, (N, d) and (C, d)."""
+    sides = ((clips, "speech"), (texts, "text"))
+    speech, text = (protocols.unit_vectors(model, tokens, side, way).cpu().numpy() for tokens, side in sides)
+    return speech, text
+
+
+def _without_fusion(protocol: str) -> str:
+    """What a protocol comes to for a model that fuses nothing."""
+    return protocol if protocol in protocols.LEAKY else "bi-encoder"
+
+
+def _scored(
+    model: FusionRetriever, clips: Tokens, texts: Tokens, test: CaptionedSet, protocol: str, k: int
+) -> tuple[Found, int, float, dict[str, float], float | None]:
+    """What is found, by how many fusions and seconds; the ceiling of a rerank; the gap of vectors made alone."""
+    if protocol in protocols.LEAKY:
+        own = pick(texts, torch.from_numpy(test.own).to(texts.mask.device))
+        scored = protocols.score(model, clips, own, protocol)
+        right = test.captions.relevant[test.own]
+        scorer = CaptionScorer(right, test.clips["speaker"], test.scorer.seed, np.eye(len(test.own), dtype=bool))
+        return scorer.retrieval(scored.matrix), scored.fusions, scored.seconds, {}, None
+    ways = {"t2a": protocols.score(model, clips, texts, protocol, k, "t2a")}
+    ways["a2t"] = protocols.score(model, clips, texts, protocol, k, "a2t") if protocol == "rerank" else ways["t2a"]
+    used = {id(way): way for way in ways.values()}.values()
+    found = test.scorer.retrieval(ways["t2a"].matrix, ways["a2t"].matrix)
+    ceiling, gap = {}, None
+    if protocol == "rerank":
+        values = test.scorer.ceiling(ways["t2a"].matrix, k, ways["a2t"].matrix)
+        ceiling = {direction: values[f"{direction}/ceiling@{k}"] for direction in DIRECTIONS}
+    elif protocol != "all-pairs":
+        gap = modality.gap(*_alone(model, clips, texts, protocol))
+    return found, sum(way.fusions for way in used), sum(way.seconds for way in used), ceiling, gap

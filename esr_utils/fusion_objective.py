@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from esr_utils import losses, matching
 from esr_utils.config import FusionTrainConfig
-from esr_utils.fusion import FusionRetriever, Tokens, Way
-from esr_utils.objective import Values, has_bf16
+from esr_utils.fusion import FusionRetriever, Way, pick
+from esr_utils.objective import Values, in_bf16
+from esr_utils.text import Tokens
 
 
 def ways(model: FusionRetriever) -> tuple[Way, ...]:
@@ -34,6 +35,7 @@ class FusionObjective(nn.Module):
     ) -> None:
         super().__init__()
         self.retriever, self.config = retriever, config
+        self._bf16 = in_bf16(config.precision, retriever.device)
         self._teacher = [teacher.eval()] if teacher else []  # in a list: no part of this module
 
     def terms(self, batch: dict, captions: list[str], seed: int) -> dict[str, Tensor]:
@@ -63,7 +65,7 @@ class FusionObjective(nn.Module):
         self, logits: Tensor, relevant: Tensor | None, batch: dict, captions: list[str], way: Way
     ) -> Tensor:
         if self._teacher:
-            return losses.self_distillation(logits, self._taught(batch, captions, way))
+            return losses.self_distillation(logits, self._taught(batch, captions, way), relevant=relevant)
         if self.config.objective == "infonce":
             return losses.info_nce(logits, relevant)
         gamma = self.retriever.gamma if self.config.learn_gamma else self.retriever.config.gamma
@@ -98,7 +100,7 @@ class FusionObjective(nn.Module):
         """(P,) scores of pairs, fused beside others of like length, so that little is padded."""
         order = speech.mask.sum(1)[of_speech].argsort(stable=True)
         parts = order.split(max(1, len(order) // 4))
-        scores = [self.retriever.pair_score(rows(speech, of_speech[p]), rows(text, of_text[p])).float() for p in parts]
+        scores = [self.retriever.pair_score(pick(speech, of_speech[p]), pick(text, of_text[p])).float() for p in parts]
         return torch.cat(scores)[order.argsort()]
 
     def total(self, terms: dict[str, Tensor]) -> Tensor:
@@ -123,17 +125,8 @@ class FusionObjective(nn.Module):
         return self._values(terms, batch)
 
     def _in_precision(self, batch: dict, captions: list[str], seed: int) -> dict[str, Tensor]:
-        device = self.retriever.device
-        wanted = {"auto": device.type == "cuda", "fp32": False, "bf16": True}[self.config.precision]
-        with torch.autocast(device.type, torch.bfloat16, enabled=wanted and has_bf16(device)):
+        with torch.autocast(self.retriever.device.type, torch.bfloat16, enabled=self._bf16):
             return self.terms(batch, captions, seed)
 
     def _values(self, terms: dict[str, Tensor], batch: dict) -> Values:
         return {name: (float(term.detach()), len(batch["relevant"])) for name, term in terms.items()}
-
-
-def rows(tokens: Tokens, index: Tensor) -> Tokens:
-    """Some rows of tokens, in an order of one's own, cut to the longest of them."""
-    mask = tokens.mask[index]
-    longest = int(mask.sum(1).max())
-    return Tokens(tokens.values[index, :longest], mask[:, :longest])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from esr_utils import checkpoints, embedding, fusion_training, provenance, runs, weights
-from esr_utils.captions import Captioned, of_manifest
+from esr_utils.captions import Captioned, check_language, of_manifest
 from esr_utils.config import FusionConfig, FusionTrainConfig
 from esr_utils.manifests import load_corpora
 
@@ -90,13 +90,18 @@ def train_all(
     return {name: [folder_of(run, name, seed) for seed in seeds] for name in systems}
 
 
-def load_grid(run: str | Path = DEFAULT_RUN, device: str = "auto") -> dict[str, list[Path]]:
+def load_grid(
+    run: str | Path = DEFAULT_RUN, systems: Sequence[str] = (), device: str = "auto"
+) -> dict[str, list[Path]]:
     """The systems that a grid holds, finished, with their seeds: system -> its run folders.
+
+    Args:
+        systems: which; empty: all.
 
     The default grid, and only that, is trained first (demo corpus, default settings) where there is nothing yet.
 
     Raises:
-        weights.WeightsError: none is there.
+        weights.WeightsError: none is there, or one that is asked for is not.
     """
     if str(run) == DEFAULT_RUN and not runs.run_folder(run).is_dir():
         manifest = load_corpora("demo")
@@ -105,16 +110,25 @@ def load_grid(run: str | Path = DEFAULT_RUN, device: str = "auto") -> dict[str, 
     found = {name: [one for one in there if checkpoints.finished(one)] for name, there in folders.items()}
     if not any(found.values()):
         raise weights.WeightsError(f"{runs.run_folder(run)} holds no finished system: run notebook 08_fsclap_train")
-    return {name: there for name, there in found.items() if there}
+    found = {name: there for name, there in found.items() if there}
+    if missing := set(systems) - set(found):
+        raise weights.WeightsError(f"{run} holds no {', '.join(sorted(missing))}; it holds {', '.join(found)}")
+    return {name: found[name] for name in systems or found}
 
 
 def clips_of_grid(
-    grid: dict[str, list[Path]], corpora: str = "", data_root: str = ""
+    grid: dict[str, list[Path]], corpora: str = "", manifest: str = "", data_root: str = ""
 ) -> tuple[pd.DataFrame, Captioned]:
-    """The manifest that a grid was trained on, or another (`provenance.clips_of_run`), and its captions."""
+    """The manifest that a grid was trained on, or another (`provenance.clips_of_run`), and its captions.
+
+    Raises:
+        ValueError: captions in a language that the grid's text backbone does not know.
+    """
     settings = runs.read_json(next(iter(grid.values()))[0] / "config.json")
-    manifest = provenance.clips_of_run(settings, corpora, data_root=data_root)
-    return manifest, of_manifest(manifest)
+    clips = provenance.clips_of_run(settings, corpora, manifest, data_root)
+    captioned = of_manifest(clips)
+    check_language(captioned.table, settings["model"]["text_backbone"])
+    return clips, captioned
 
 
 def summary(trained: dict[str, list[Path]]) -> pd.DataFrame:

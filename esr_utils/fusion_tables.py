@@ -10,22 +10,32 @@ import pandas as pd
 from esr_utils import paper, protocols, runs
 from esr_utils.captioned import DIRECTIONS, KS, MAP_K
 from esr_utils.embeddings_file import SYSTEMS, what_to_run
-from esr_utils.fusion_evaluation import CaptionedSet, Row
+from esr_utils.fusion_evaluation import CaptionedSet, Row, level_of
 from esr_utils.tables import Cell
 
 MAP = f"map@{MAP_K}"
 _COLUMNS = {f"r@{k}": f"R@{k}" for k in KS} | {MAP: f"mAP@{MAP_K}"}
 
 
-def write_results(grid: Mapping[str, Sequence[Path]], rows: Sequence[Row]) -> None:
-    """`results.json` in each run folder: flat keys of `captioned`, and what a protocol cost."""
+def write_results(grid: Mapping[str, Sequence[Path]], rows: Sequence[Row], **about: str | int) -> None:
+    """`results.json` in each run folder: flat keys of `captioned`, and what a protocol cost.
+
+    Args:
+        about: of the whole evaluation, such as split, grammar, k and seed.
+
+    Raises:
+        ValueError: a row's protocol is leaky.
+    """
+    for row in rows:
+        protocols.refuse_leaky(row.protocol)
     for system, folders in grid.items():
-        for seed, folder in enumerate(folders):
-            values: dict = {}
+        for i, folder in enumerate(folders):
+            values: dict = dict(about) | {"level": level_of({system: [folder]})}
             for row in rows:
                 if row.system == system:
-                    values |= row.found[seed].results(row.corpus, row.protocol)
+                    values |= row.found[i].results(row.corpus, row.protocol)
                     values[f"{row.corpus}/{row.protocol}/fusions"] = row.fusions
+                    values[f"{row.corpus}/{row.protocol}/seconds"] = row.seconds
             runs.write_json(folder / "results.json", values)
 
 
@@ -40,9 +50,11 @@ def caption(sets: Sequence[CaptionedSet], grid: Mapping[str, Sequence[Path]], sp
         corpora.append(
             f"{one.corpus}: {size}, each right for {right:.1f} clips, intervals over {one.scorer.bootstrap}s"
         )
-    seeds = max(len(folders) for folders in grid.values())
-    mean = f"rows are means of {seeds} seeds" if seeds > 1 else "one seed, whose interval does not speak for another"
-    return f"Captions {grammar}, {split} split. {'; '.join(corpora)}; {mean}."
+    seeds = sorted({len(folders) for folders in grid.values()})
+    mean = f"rows are means of {' or '.join(map(str, seeds))} seeds"
+    if seeds == [1]:
+        mean = "one seed, whose interval does not speak for another"
+    return f"Attribute captions: {grammar} grammar; {split} split. {'; '.join(corpora)}; {mean}."
 
 
 def recall_table(rows: Sequence[Row], columns: Sequence[tuple[str, str]] | None = None) -> pd.DataFrame:

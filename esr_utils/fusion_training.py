@@ -66,6 +66,20 @@ def begin(
     provenance.begin(manifest, folder, model_config, config, _learned(manifest, captioned))
 
 
+def _teacher(run: str, model_config: FusionConfig, device: torch.device) -> FusionRetriever:
+    """The teacher of a run, which reads the same frames.
+
+    Raises:
+        weights.WeightsError: it is not there.
+        ConfigError: it reads others.
+    """
+    teacher = FusionRetriever.load(runs.run_folder(run) / "best", device)
+    for name in ("speech_backbone", "frames_per_token"):
+        if (theirs := getattr(teacher.config, name)) != (ours := getattr(model_config, name)):
+            raise ConfigError(f"teacher {run}: its {name} is {theirs!r}, the run's {ours!r}; they must read the same")
+    return teacher
+
+
 def _learned(manifest: pd.DataFrame, captioned: captions.Captioned) -> pd.DataFrame:
     """The captions that are trained and chosen on."""
     split = manifest.set_index("utterance_id")["split"]
@@ -76,6 +90,9 @@ def _learned(manifest: pd.DataFrame, captioned: captions.Captioned) -> pd.DataFr
 class _Trainer(Fitting):
     def __init__(self, manifest, captioned, folder: Path, model_config, config: FusionTrainConfig, device, cache):
         super().__init__(folder, config, device)
+        self.step_is_whole = self.waiting = False  # waiting: gradients that no step of the optimiser has taken yet
+        if self.accelerator.num_processes > 1:
+            raise ConfigError("captions are trained on in one process: start it without a launcher")
         model = FusionRetriever.build(model_config).to(self.device)
         model.speech.set_trainable(config.finetune == "full")
         if config.crop_s * SAMPLE_RATE > model.speech.max_samples:
@@ -83,14 +100,13 @@ class _Trainer(Fitting):
             raise ConfigError(
                 f"crop_s is {config.crop_s:g}; {model_config.speech_backbone} takes at most {longest:g} s"
             )
-        teacher = (
-            FusionRetriever.load(runs.run_folder(config.teacher) / "best", self.device) if config.teacher else None
-        )
+        teacher = _teacher(config.teacher, model_config, self.device) if config.teacher else None
         learned = _learned(manifest, captioned)
-        self.captions = dict(iter(learned.groupby("utterance_id")))
+        self.captions = {name: part.to_dict("records") for name, part in learned.groupby("utterance_id")}
         self.attributes = captioned.clips.set_index("utterance_id", drop=False)
-        if len(learned):  # all at once and in one order: batched otherwise, they would round otherwise
-            model.text.sequences(sorted(set(learned["caption"])))
+        # All before the first step and in one order: batched otherwise, they would round otherwise.
+        for part in batches.batched(sorted(set(learned["caption"]), key=lambda text: (len(text), text)), 256):
+            model.text.sequences(part)
         self.clips = {split: self._clips(model, manifest, split, cache) for split in ("train", "val")}
         self.objective = FusionObjective(model, config, teacher).to(self.device)
         heads = [p for name, p in self.objective.named_parameters() if p.requires_grad and ".speech." not in name]
@@ -124,21 +140,28 @@ class _Trainer(Fitting):
         for number, batch in enumerate(self.clips[split].load(plan), 1):
             self.skipped |= dict(batch["skipped"])
             self.step_is_whole = number % together == 0 or number == len(plan)
-            if batch["utterance_id"]:
+            if not batch["utterance_id"]:
+                self._finish_step({})  # else gradients would run into the next step
+            else:
                 rows = pd.DataFrame([drawn[utterance] for utterance in batch["utterance_id"]])
                 true_of = captions.relevance(rows, self.attributes.loc[batch["utterance_id"]])  # (captions, clips)
                 yield batch | {"relevant": torch.from_numpy(true_of.T.copy())}, rows["caption"].tolist()
 
-    def _caption(self, cut: Cut, rng: np.random.Generator) -> pd.Series:
+    def _caption(self, cut: Cut, rng: np.random.Generator) -> dict[str, str]:
         of_clip = self.captions[batches.utterance_id(cut)]
-        return of_clip.iloc[rng.integers(len(of_clip))]
+        return of_clip[rng.integers(len(of_clip))]
 
     def _step(self, batch: dict, texts: list[str], stage: str) -> Values:
         """One batch; the optimiser steps when the gradients of all batches of a step are there."""
         values = self.objective.backward(batch, texts, stage)
-        if self.step_is_whole:
+        self.waiting = True
+        self._finish_step(values)
+        return values
+
+    def _finish_step(self, values: Values) -> None:
+        if self.step_is_whole and self.waiting:
+            self.waiting = False
             rate = self.config.rate(self.progress.step, self.steps_an_epoch)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * group["peak"]
             self._update(values)
-        return values

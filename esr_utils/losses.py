@@ -127,7 +127,9 @@ def _log_sum_of_others(x: Tensor, left_out: Tensor) -> Tensor:
     return torch.where(largest, rest, x.logsumexp(1, keepdim=True) + torch.log1p(-share))
 
 
-def self_distillation(logits: Tensor, teacher: Tensor, temperature: float = 0.07, share: float = 0.5) -> Tensor:
+def self_distillation(
+    logits: Tensor, teacher: Tensor, temperature: float = 0.07, share: float = 0.5, relevant: Tensor | None = None
+) -> Tensor:
     """RA-CLAP's second stage (Sun et al. 2025): what the teacher finds alike is a match in part, not a negative.
 
     The target of a row is (1 - share) times its own pair + share times softmax(teacher / temperature) of that row; of
@@ -140,8 +142,11 @@ def self_distillation(logits: Tensor, teacher: Tensor, temperature: float = 0.07
         teacher: (B, B) the teacher's cosine similarities; no gradient reaches them.
         temperature: above tau it softens the teacher.
         share: 0 … 1, of the target that the teacher gives.
+        relevant: (B, B) bool, as in `info_nce`: such pairs are neither targets nor negatives.
     """
-    teacher, own = teacher.detach() / temperature, _diagonal(logits).to(logits.dtype)
+    own, left_out = _diagonal(logits).to(logits.dtype), false_negatives(logits, relevant)
+    # Far below all else, but finite: a target of 0 times a logit of -inf would be NaN.
+    logits, teacher = (x.masked_fill(left_out, -1e4) for x in (logits, teacher.detach() / temperature))
 
     def one_way(s: Tensor, t: Tensor) -> Tensor:
         return F.cross_entropy(s, (1 - share) * own + share * t.softmax(dim=1))

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from esr_utils import losses
-from esr_utils.config import TrainConfig
+from esr_utils.config import Precision, TrainConfig
 from esr_utils.retriever import StyleRetriever
 
 Values = dict[str, tuple[float, int]]  # term -> its mean, and over how many clips
@@ -52,12 +52,7 @@ class Objective(nn.Module):
         super().__init__()
         self.retriever, self.config, self.accelerator = retriever, config, accelerator
         self.discriminator = losses.two_layer(retriever.config.dim, config.discriminator_hidden, 1)
-        if config.precision == "bf16" and not has_bf16(retriever.device):
-            warnings.warn(
-                f"precision is bf16, and this {retriever.device.type} can only imitate it, at a tenth of the speed: "
-                "matrix products are in fp32",
-                stacklevel=2,
-            )
+        self._bf16 = in_bf16(config.precision, retriever.device)
 
     def terms(self, speech: Tensor, text: Tensor | None, style: Tensor, stage: str) -> dict[str, Tensor]:
         """The loss terms of a stage.
@@ -132,13 +127,8 @@ class Objective(nn.Module):
     def _speech(self, batch: dict) -> Tensor:
         if not len(batch["style"]):
             return torch.zeros(0, self.retriever.config.dim, device=self.retriever.device)
-        with torch.autocast(self.retriever.device.type, torch.bfloat16, enabled=self._bf16()):
+        with torch.autocast(self.retriever.device.type, torch.bfloat16, enabled=self._bf16):
             return self.retriever.speech_vectors(batch).float()
-
-    def _bf16(self) -> bool:
-        device = self.retriever.device
-        wanted = {"auto": device.type == "cuda", "fp32": False, "bf16": True}[self.config.precision]
-        return wanted and has_bf16(device)
 
     def _text(self, prompts: list[str]) -> Tensor:
         if not prompts:
@@ -192,6 +182,18 @@ class Objective(nn.Module):
         np.random.set_state(state[1])
         if state[2] is not None:
             torch.get_device_module(self.retriever.device).set_rng_state(state[2])
+
+
+def in_bf16(precision: Precision, device: torch.device) -> bool:
+    """Whether matrix products are in bf16; warns where that is asked for and cannot be had."""
+    wanted = {"auto": device.type == "cuda", "fp32": False, "bf16": True}[precision]
+    if precision == "bf16" and not has_bf16(device):
+        warnings.warn(
+            f"precision is bf16, and this {device.type} can only imitate it, at a tenth of the speed: "
+            "matrix products are in fp32",
+            stacklevel=3,
+        )
+    return wanted and has_bf16(device)
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -36,6 +36,7 @@ COLOURS = {
     **dict(zip([s for s in STYLES if s not in _FREQUENT], sns.husl_palette(11, h=0.05, l=0.76), strict=True)),
 }
 
+_NO_STYLE = (0.6, 0.6, 0.6)
 _SYSTEM_COLOURS = {"seen": "#33658a", "held_out": "#f6ae2d", "classifier": "#8f8f8f"}
 SYSTEM_NAMES = {"seen": "seen prompts", "held_out": "held-out prompts", "classifier": "style classifier"}
 _STAGE_COLOURS = {"classify": "#dce6f2", "align": "#e3f0dc", "adversarial": "#f8e6da"}
@@ -82,7 +83,8 @@ def validation_curves(metrics: dict[str, list[dict]]) -> Figure:
     for axis, (title, lines) in zip(axes.flat, metrics.items(), strict=False):
         epochs = [line["epoch"] for line in lines]
         for name, style in (("val_contrastive", "-"), ("train_contrastive", ":")):
-            axis.plot(epochs, [line[name] for line in lines], style, color="C0", label=name.replace("_contrastive", ""))
+            if all(name in line for line in lines):  # there may be no validation split
+                axis.plot(epochs, [line[name] for line in lines], style, color="C0", label=name.split("_")[0])
         axis.set(title=title, xlabel="epoch", ylabel="contrastive loss")
     for axis in axes.flat[len(metrics) :]:
         axis.axis("off")
@@ -211,7 +213,10 @@ def _maps(maps: dict[str, tuple[NDArray, pd.DataFrame]]) -> Figure:
     figure, axes = plt.subplots(1, len(maps), figsize=(1.6 + 6.4 * len(maps), 6.2), squeeze=False, layout="constrained")
     for axis, (title, (points, about)) in zip(axes[0], maps.items(), strict=True):
         kinds = about["modality"].unique()
-        colours, first = np.array([COLOURS[s] for s in about["style"]]), (about["modality"] == kinds[0]).to_numpy()
+        colours, first = (
+            np.array([COLOURS.get(s, _NO_STYLE) for s in about["style"]]),
+            (about["modality"] == kinds[0]).to_numpy(),
+        )
         axis.scatter(*points[first].T, color=colours[first], s=12, alpha=0.65, lw=0)
         axis.scatter(*points[~first].T, color=colours[~first], s=46, marker="X", edgecolor="black", lw=0.5)
         counted = f"{first.sum()} dots: {kinds[0]}, {(~first).sum()} crosses: {kinds[-1]}"

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from esr_utils import losses, metrics
 from esr_utils.config import FusionConfig
 from esr_utils.embedding import padded_frames
-from esr_utils.fusion import FusionRetriever, FusionSeparation, Modality, Way
+from esr_utils.fusion import FusionRetriever, FusionSeparation, Modality, Way, pick
 from esr_utils.text import Tokens
 
 HONEST = ("bi-encoder", "masked", "rerank", "all-pairs")
@@ -102,7 +102,7 @@ def score(
     protocol: str,
     k: int = 50,
     direction: Direction = "t2a",
-    first: Way = "masked",
+    first: Way = "bi-encoder",
     bf16: bool = False,
     vectors: Tensor | None = None,
 ) -> Scored:
@@ -169,8 +169,8 @@ def unit_vectors(model: FusionRetriever | FusionSeparation, tokens: Tokens, moda
     """(N, d) unit vectors of clips or captions, each alone (`FusionSeparation.alone`), in batches of like length."""
     lengths = tokens.mask.sum(1)
     vectors = tokens.values.new_zeros(len(lengths), tokens.values.shape[2])
-    for rows in lengths.argsort(stable=True).split(_BATCH):
-        vectors[rows] = model.alone(_rows(tokens, rows), modality, way)
+    for part in lengths.argsort(stable=True).split(_BATCH):
+        vectors[part] = model.alone(pick(tokens, part), modality, way)
     return F.normalize(vectors, dim=-1)
 
 
@@ -190,7 +190,7 @@ def _pairs(
     vectors = clips.values.new_zeros(2, len(rows), width)
     for part in key.argsort(stable=True).split(_BATCH):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            vectors[:, part] = torch.stack(model.pair(_rows(clips, columns[part]), _rows(texts, rows[part]))).float()
+            vectors[:, part] = torch.stack(model.pair(pick(clips, columns[part]), pick(texts, rows[part]))).float()
     return vectors[0], vectors[1]
 
 
@@ -211,14 +211,6 @@ def _cosines(
     return found
 
 
-def _rows(tokens: Tokens, rows: Tensor) -> Tokens:
-    """Some of the sequences, cut to the longest of them."""
-    mask = tokens.mask[rows]
-    longest = int(mask.sum(1).max())
-    return Tokens(tokens.values[rows, :longest], mask[:, :longest])
-
-
-@torch.no_grad()
 def speech_tokens(model: FusionRetriever, frames: list[Tensor]) -> Tokens:
     """N clips' tokens, padded to the longest, of a frozen backbone's frames (`embedding.frozen_frames`)."""
     parts = [frames[start : start + _BATCH] for start in range(0, len(frames), _BATCH)]

@@ -112,6 +112,8 @@ def go_on(run: str | Path, device: str = "auto", cache: Path = embedding.CACHE) 
     if not (folder / "config.json").is_file():
         raise weights.WeightsError(f"{folder} holds no config.json: begin the run with notebook 03_train")
     settings = runs.read_json(folder / "config.json")
+    if settings.get("kind", "style") != "style":
+        raise weights.WeightsError(f"{folder} is a run on captions: go on with it by notebook 08_fsclap_train")
     configs = ModelConfig.from_dict(settings["model"]), TrainConfig.from_dict(settings["training"])
     return fit(provenance.clips_of_run(settings), folder, *configs, device, cache)
 

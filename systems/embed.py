@@ -138,7 +138,9 @@ def arguments(given):
     parser.add_argument("--checkpoint", default="", help="weights; empty: the system's own default")
     parser.add_argument("--repository", default="", help="clone of the system's code, where it is not a package")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--level", default="normalised", choices=["normalised", "recorded"])
+    parser.add_argument(
+        "--level", default="recorded", choices=["recorded", "normalised"], help="as the others heard it"
+    )
     return parser.parse_args(given)
 
 

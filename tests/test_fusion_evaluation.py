@@ -165,14 +165,17 @@ def test_leaky_rows_are_in_no_table_of_results(rows, grid, sets, cache):
         fusion_tables.differences([*rows, *leaky], sets, "CLAP")
     shown = fusion_tables.leak_table([*rows, *leaky])
     assert shown.loc[("mini", "FS-CLAP", "matched"), "leaky"] == "LEAKY: diagnosis only"
-    assert leaky[0].fusions == 18 and "CLAP" not in shown.index.get_level_values("system")
+    with pytest.raises(ValueError, match="fuses each clip with its own caption"):
+        fusion_tables.write_results(grid, leaky)
+    assert leaky[0].fusions == 18 and leaky[0].gap is None and "CLAP" not in shown.index.get_level_values("system")
 
 
 def test_results_are_written_flat_into_each_run(rows, grid):
-    fusion_tables.write_results(grid, rows)
+    fusion_tables.write_results(grid, rows, split="test", k=4)
     found = runs.read_json(grid["FS-CLAP"][1] / "results.json")
     assert found["mini/masked/t2a/r@1"] == rows[2].found[1].values["t2a/r@1"]
     assert len(found["mini/rerank/a2t/map@10_ci95"]) == 2 and "mini/matched/t2a/r@1" not in found
+    assert (found["split"], found["k"], found["level"]) == ("test", 4, "recorded")
 
 
 def test_a_system_that_lives_elsewhere_enters_by_its_file(sets, tmp_path):
@@ -184,11 +187,15 @@ def test_a_system_that_lives_elsewhere_enters_by_its_file(sets, tmp_path):
         rng.normal(size=(len(one.captions.texts), 4)).astype(np.float32),
     )  # fmt: skip
     file.write(tmp_path / "clap-microsoft")
-    (row,) = fusion_evaluation.from_folder(tmp_path, sets)
+    (row,) = fusion_evaluation.from_folder(tmp_path, sets, "recorded")
     assert (row.system, row.protocol, row.corpus) == ("clap-microsoft", "bi-encoder", "mini")
     table = fusion_tables.table_one([row])
     assert len([index for index in table.index if "systems/embed.py" in index[2]]) == 3
-    assert fusion_evaluation.from_folder("", sets) == []
+    assert fusion_evaluation.from_folder("", sets, "recorded") == []
+    with pytest.raises(embeddings_file.EmbeddingsFileError, match="heard the level recorded, the others normalised"):
+        fusion_evaluation.from_folder(tmp_path, sets, "normalised")
+    with pytest.raises(FileNotFoundError, match="embeddings: there is no folder"):
+        fusion_evaluation.from_folder(tmp_path / "nothing", sets, "recorded")
 
 
 def test_a_clip_past_30_s_is_its_windows_one_after_another(own_corpus, grid, cache, tmp_path):
@@ -220,6 +227,32 @@ def test_the_space_of_each_system(grid, sets, cache):
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
 
 
+def test_each_way_has_its_own_modality_gap(rows):
+    gaps = {(row.system, row.protocol): row.gap for row in rows}
+    assert gaps["FS-CLAP", "rerank"] is None and gaps["FS-CLAP", "masked"] != gaps["FS-CLAP", "bi-encoder"]
+
+
+def test_a_share_of_all_has_an_interval(rows):
+    found = replace(rows[0], found=rows[0].found[:1])
+    one = found.found[0]
+    all_found = replace(one, values=one.values | {"t2a/r@1": 1.0}, replicates=one.replicates | {"t2a/r@1": np.ones(9)})
+    cell = replace(found, found=(all_found,)).cell("t2a", "r@1")
+    assert cell.interval[1] == 1 and 0.5 < cell.interval[0] < 1
+
+
+def test_protocols_that_there_are_not_and_systems_without_fusion(grid, sets, cache):
+    with pytest.raises(ValueError, match="protocol reranked: there are bi-encoder"):
+        fusion_evaluation.evaluate(grid, sets, ("reranked",), 4, "cpu", cache)
+    (row,) = fusion_evaluation.evaluate({"CLAP": grid["CLAP"]}, sets, ("masked", "rerank"), 4, "cpu", cache)
+    assert row.protocol == "bi-encoder"
+
+
+def test_a_corpus_without_styles_is_mapped_too(grid, sets, cache):
+    one = replace(sets[0], clips=sets[0].clips.assign(style=""))
+    ((vectors, about),) = fusion_evaluation.joint_spaces({"CLAP": grid["CLAP"]}, one, "cpu", cache).values()
+    assert set(about["style"]) == {""} and len(vectors) == len(about)
+
+
 def test_a_split_without_captions_is_refused(manifest, captioned):
     nothing = captions.Captioned(captioned.table.head(0), captioned.clips, None, captioned.left_out)
     with pytest.raises(ValueError, match="no clip of split 'test' has a caption of grammar 'seen'"):
@@ -241,6 +274,9 @@ def test_a_grid_that_is_not_there(tmp_path):
 
 def test_a_grid_is_read_back(grid, data_root, monkeypatch):
     folder = grid["CLAP"][0].parents[1]
+    assert list(fusion_systems.load_grid(folder, ["FS-CLAP"])) == ["FS-CLAP"]
+    with pytest.raises(weights.WeightsError, match="holds no MGA-CLAP; it holds CLAP, FS-CLAP"):
+        fusion_systems.load_grid(folder, ["MGA-CLAP"])
     assert fusion_systems.load_grid(folder) == {"CLAP": grid["CLAP"], "FS-CLAP": grid["FS-CLAP"]}
     monkeypatch.setenv("ESR_DATA", str(data_root))
     clips, told = fusion_systems.clips_of_grid(grid)

@@ -11,7 +11,18 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from esr_utils import captions, fusion_systems, fusion_training, losses, matching, provenance, retriever, runs
+from esr_utils import (
+    captions,
+    fusion_systems,
+    fusion_training,
+    losses,
+    matching,
+    provenance,
+    retriever,
+    runs,
+    training,
+    weights,
+)
 from esr_utils.config import ConfigError, FusionConfig, FusionTrainConfig
 from esr_utils.embedding import frozen_frames, padded_frames
 from esr_utils.fusion import FusionRetriever
@@ -168,7 +179,8 @@ def test_a_teacher_gives_targets_and_is_left_as_it_is(pairs, model_config):
             )
             for one in (model, teacher.eval())
         ]
-        expected.append(losses.self_distillation(sides[0] * model.logit_scale, sides[1]))
+        logits = sides[0] * model.logit_scale
+        expected.append(losses.self_distillation(logits, sides[1], relevant=batch["relevant"]))
     torch.testing.assert_close(terms["contrastive"], sum(expected) / 2)
     objective.backward(batch, texts, "contrastive")
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
@@ -204,6 +216,32 @@ def test_steps_of_two_batches(train):
     # 12 clips in batches of 5 are three batches an epoch; of two batches a step, the third is a step by itself
     assert [line["step"] for line in lines(train.folder / "one")] == [3, 6]
     assert [line["step"] for line in lines(train.folder / "two")] == [2, 4]
+
+
+def test_a_batch_of_which_nothing_can_be_used_does_not_lose_the_step(train, monkeypatch):
+    load = fusion_training.embedding.FrozenClips.load
+
+    def without_the_second(self, plan):
+        for number, batch in enumerate(load(self, plan)):
+            yield batch | {"utterance_id": []} if number == 1 and len(plan) > 1 else batch
+
+    monkeypatch.setattr(fusion_training.embedding.FrozenClips, "load", without_the_second)
+    train("run", epochs=2, accumulation_steps=2)
+    assert [line["step"] for line in lines(train.folder / "run")] == [2, 4]
+
+
+def test_a_teacher_that_is_not_there_or_reads_other_frames(train, model_config):
+    with pytest.raises(weights.WeightsError, match="holds no retriever"):
+        train("run", teacher="nobody")
+    train("teacher", model=model_config.but(frames_per_token=2, fusion=False), epochs=1)
+    with pytest.raises(ConfigError, match="its frames_per_token is 2, the run's 4"):
+        train("other", teacher=str(train.folder / "teacher"))
+
+
+def test_a_run_on_captions_is_not_gone_on_with_as_one_on_styles(train):
+    train("run", epochs=1)
+    with pytest.raises(weights.WeightsError, match="is a run on captions: go on with it by notebook 08"):
+        training.go_on(train.folder / "run")
 
 
 def test_the_papers_recipe():

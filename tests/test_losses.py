@@ -345,3 +345,13 @@ def test_classification_of_a_batch_without_any_style_is_zero_and_can_be_passed_b
     found = losses.classification(classifier, speech, torch.tensor([-1, -1]))
     found.backward()
     assert float(found.detach()) == 0 and float(speech.grad.abs().sum()) == 0
+
+
+def test_what_is_true_of_another_is_neither_target_nor_negative_of_a_student():
+    logits = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
+    teacher, relevant = torch.randn(4, 4, dtype=torch.float64), torch.zeros(4, 4, dtype=torch.bool)
+    relevant[0, 2] = True
+    losses.self_distillation(logits, teacher, relevant=relevant).backward()
+    assert logits.grad[0, 2] == 0 and (logits.grad != 0).sum() == 15
+    nothing = losses.self_distillation(logits, teacher, relevant=torch.zeros(4, 4, dtype=torch.bool))
+    torch.testing.assert_close(losses.self_distillation(logits, teacher), nothing)

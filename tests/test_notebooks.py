@@ -174,9 +174,10 @@ def test_fsclap_evaluation_notebook_gives_the_papers_tables_the_map_and_the_leak
         "09_fsclap_evaluate", folder, run=str(run), data_root=str(data_root), k=4, noise_steps=5,
         protocol="bi-encoder+masked+rerank+all-pairs",
     )  # fmt: skip
-    assert exported(run / "tables", "table_1", "table_2", "table_3", "differences", "costs", "noise", "leak")
-    assert exported(run / "figures", "joint_umap_mini", "leak", kinds=("png", "svg"))
-    rows = pd.read_csv(run / "tables" / "table_1.csv")
+    shown_in = run / "test-held_out"
+    assert exported(shown_in / "tables", "table_1", "table_2", "table_3", "differences", "costs", "noise", "leak")
+    assert exported(shown_in / "figures", "joint_umap_mini", "leak", kinds=("png", "svg"))
+    rows = pd.read_csv(shown_in / "tables" / "table_1.csv")
     fs_clap = rows[rows["system"] == "FS-CLAP"]
     assert fs_clap["protocol"].tolist() == ["bi-encoder", "masked", "rerank", "all-pairs"]
     assert "matched" not in rows["protocol"].tolist() and "LEAKY: diagnosis only" in shown
@@ -244,7 +245,9 @@ def test_parameters_that_scripts_rely_on():
         "backbone", "speech_backbone", "corpora", "data_root", "run", "seed", "device", "level", "finetune",
         "objective", "epochs", "max_steps",
     }  # fmt: skip
-    assert declared["09_fsclap_evaluate"] >= {"run", "corpora", "data_root", "split", "protocol"}
+    assert declared["09_fsclap_evaluate"] >= {
+        "run", "corpora", "manifest", "data_root", "split", "results", "protocol",
+    }  # fmt: skip
     assert declared["06_duration_buckets"] >= {"run", "runs_compared", "corpora", "data_root", "split"}
     assert declared["10_data_construction"] >= {
         "media", "run", "separator", "diariser", "emotion", "threshold", "keep_single", "device",

@@ -118,7 +118,7 @@ def test_a_shortlist_of_all_is_all_pairs(model, sides, direction):
 def test_clips_vectors_that_are_kept_are_used(model, sides, protocol):
     """As an index keeps them: for a new query no clip is encoded again."""
     speech, text = sides
-    kept = unit_vectors(model, speech, "speech", "masked" if protocol == "rerank" else protocol)
+    kept = unit_vectors(model, speech, "speech", "bi-encoder" if protocol == "rerank" else protocol)
     found, expected = (score(model, *sides, protocol, k=3, vectors=v).matrix for v in (kept, None))
     np.testing.assert_allclose(found, expected, atol=1e-6)
     turned = score(model, *sides, protocol, k=3, vectors=-kept).matrix
