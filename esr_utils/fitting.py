@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -21,11 +22,14 @@ import pandas as pd
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast, gather_object
+from lhotse import CutSet
 from torch import nn
 from tqdm.auto import tqdm
 
-from esr_utils import checkpoints, embedding, provenance, runs
+from esr_utils import batches, checkpoints, embedding, provenance, runs
+from esr_utils.config import SAMPLE_RATE, ConfigError
 from esr_utils.objective import Mean, Values
+from esr_utils.speech import SpeechBackbone
 
 VALIDATION = 2**31  # stands where an epoch would, in the seed of the validation's fixed texts and order
 
@@ -60,6 +64,17 @@ class Fitting(ABC):
     @abstractmethod
     def _batches(self, split: str, rng: np.random.Generator, limit: int | None = None) -> Iterator[tuple]:
         """(batch, texts) of a split in an order drawn from rng: of each batch, this process's share."""
+
+    def _check_crop(self, speech: SpeechBackbone, name: str) -> None:
+        """Raises ConfigError: clips are cropped to more than the backbone takes."""
+        if self.config.crop_s * SAMPLE_RATE > speech.max_samples:
+            longest = speech.max_samples / SAMPLE_RATE
+            raise ConfigError(f"crop_s is {self.config.crop_s:g}; {name} takes at most {longest:g} s")
+
+    def _waveforms(self, cuts: CutSet) -> batches.WaveformClips:
+        """Clips for a backbone that is trained."""
+        workers = min(4, os.cpu_count() or 1) if self.device.type == "cuda" else 0
+        return batches.WaveformClips(cuts, self.config.batch_size, self.config.crop_s, self.config.level, workers)
 
     def run(self) -> None:
         with provenance.held(self.folder) if self.accelerator.is_main_process else nullcontext():

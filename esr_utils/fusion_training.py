@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 from lhotse.cut import Cut
 
 from esr_utils import batches, captions, embedding, provenance, runs
-from esr_utils.config import SAMPLE_RATE, ConfigError, FusionConfig, FusionTrainConfig
+from esr_utils.config import ConfigError, FusionConfig, FusionTrainConfig
 from esr_utils.fitting import Fitting
 from esr_utils.fusion import FusionRetriever
 from esr_utils.fusion_objective import FusionObjective
@@ -95,11 +94,7 @@ class _Trainer(Fitting):
             raise ConfigError("captions are trained on in one process: start it without a launcher")
         model = FusionRetriever.build(model_config).to(self.device)
         model.speech.set_trainable(config.finetune == "full")
-        if config.crop_s * SAMPLE_RATE > model.speech.max_samples:
-            longest = model.speech.max_samples / SAMPLE_RATE
-            raise ConfigError(
-                f"crop_s is {config.crop_s:g}; {model_config.speech_backbone} takes at most {longest:g} s"
-            )
+        self._check_crop(model.speech, model_config.speech_backbone)
         teacher = _teacher(config.teacher, model_config, self.device) if config.teacher else None
         learned = _learned(manifest, captioned)
         self.captions = {name: part.to_dict("records") for name, part in learned.groupby("utterance_id")}
@@ -121,8 +116,7 @@ class _Trainer(Fitting):
         self.skipped |= dict.fromkeys(rows.loc[~described, "utterance_id"], "no caption")
         cuts = to_cuts(rows[described])
         if self.config.finetune == "full":
-            workers = min(4, os.cpu_count() or 1) if model.device.type == "cuda" else 0
-            return batches.WaveformClips(cuts, self.config.batch_size, self.config.crop_s, self.config.level, workers)
+            return self._waveforms(cuts)
         cuts = batches.pieces(cuts, self.config.crop_s, self.config.crop_s)
         kept = embedding.frozen_frames(model, cuts, self.config.level, cache)
         self.skipped |= dict(kept.skipped.itertuples(index=False, name=None))

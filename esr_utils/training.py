@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from lhotse.cut import Cut
 
 from esr_utils import batches, embedding, provenance, runs, weights
-from esr_utils.config import SAMPLE_RATE, ConfigError, ModelConfig, TrainConfig
+from esr_utils.config import ConfigError, ModelConfig, TrainConfig
 from esr_utils.fitting import Fitting
 from esr_utils.losses import NO_STYLE
 from esr_utils.manifests import load_corpora, to_cuts
@@ -126,11 +125,7 @@ class _Trainer(Fitting):
         retriever = StyleRetriever.build(model_config).to(self.device)
         retriever.speech.set_trainable(config.finetune == "full")
         retriever.speech.recompute = config.recompute
-        if config.crop_s * SAMPLE_RATE > retriever.speech.max_samples:
-            longest = retriever.speech.max_samples / SAMPLE_RATE
-            raise ConfigError(
-                f"crop_s is {config.crop_s:g}; {model_config.speech_backbone} takes at most {longest:g} s"
-            )
+        self._check_crop(retriever.speech, model_config.speech_backbone)
         if unknown := set(config.held_out_styles) - set(STYLES):
             raise ConfigError(f"held_out_styles: {', '.join(sorted(unknown))} unknown; styles: {', '.join(STYLES)}")
         self.caption = dict(zip(manifest["utterance_id"], manifest["caption"], strict=True))
@@ -149,8 +144,7 @@ class _Trainer(Fitting):
         self.skipped |= dict.fromkeys(rows.loc[~described, "utterance_id"], "neither style nor caption")
         cuts = to_cuts(rows[described])
         if self.config.finetune == "full":
-            workers = min(4, os.cpu_count() or 1) if retriever.device.type == "cuda" else 0
-            return batches.WaveformClips(cuts, self.config.batch_size, self.config.crop_s, self.config.level, workers)
+            return self._waveforms(cuts)
         cuts = batches.pieces(cuts, self.config.crop_s, self.config.crop_s)
         features = embedding.frozen_features(retriever, cuts, self.config.level, cache)
         self.skipped |= dict(features.skipped.itertuples(index=False, name=None))

@@ -21,7 +21,7 @@ import tiny_models
 import torch
 from transformers import BertConfig, BertModel, BertTokenizer, WhisperConfig, WhisperModel
 
-from esr_utils import weights
+from esr_utils import retriever, weights
 from esr_utils.config import ModelConfig
 from esr_utils.corpora import DEMO_FOLDER
 from esr_utils.manifests import load_corpora, with_root
@@ -69,6 +69,16 @@ def own_corpus(data_root: Path, manifest: pd.DataFrame, tmp_path: Path) -> pd.Da
     """The rows of a copy of "mini" that belongs to one test."""
     shutil.copytree(data_root / "mini", tmp_path / "mini")
     return with_root(manifest, tmp_path / "mini")
+
+
+@pytest.fixture(scope="module")
+def read_once():
+    """Backbones are read from disk once and copied from there on: that is most of the time of a small run."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("load_speech_backbone", "load_text_backbone"):
+            load = cache(getattr(retriever, name))
+            patch.setattr(retriever, name, lambda folder, load=load: copy.deepcopy(load(folder)))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +16,6 @@ from esr_utils import (
     fusion_evaluation,
     fusion_systems,
     fusion_tables,
-    retriever,
     runs,
     weights,
 )
@@ -29,14 +26,7 @@ from esr_utils.manifests import load_corpora, to_cuts
 
 ASKED = ("bi-encoder", "masked", "rerank")
 
-
-@pytest.fixture(scope="module", autouse=True)
-def read_once():
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("load_speech_backbone", "load_text_backbone"):
-            load = functools.cache(getattr(retriever, name))
-            patch.setattr(retriever, name, lambda folder, load=load: copy.deepcopy(load(folder)))
-        yield
+pytestmark = pytest.mark.usefixtures("read_once")
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import functools
-
 import pandas as pd
 import pytest
 import torch
@@ -45,15 +42,7 @@ CONFIG = FusionTrainConfig(
     seed=0,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def read_once():
-    """Backbones are read from disk once and copied from there on: that is most of the time of a small run."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("load_speech_backbone", "load_text_backbone"):
-            load = functools.cache(getattr(retriever, name))
-            patch.setattr(retriever, name, lambda folder, load=load: copy.deepcopy(load(folder)))
-        yield
+pytestmark = pytest.mark.usefixtures("read_once")
 
 
 @pytest.fixture(scope="module")

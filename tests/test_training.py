@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import json
 import os
 import signal
@@ -18,7 +16,7 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 
-from esr_utils import checkpoints, objective, provenance, retriever, runs, training, weights
+from esr_utils import checkpoints, objective, provenance, runs, training, weights
 from esr_utils.config import ConfigError, ModelConfig, TrainConfig
 from esr_utils.prompts import PROMPTS_PATH, PromptBank
 from esr_utils.provenance import RunExists
@@ -48,15 +46,7 @@ CONFIG = TrainConfig(
     seed=0,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def read_once():
-    """Backbones are read from disk once and copied from there on: that is most of the time of a small run."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("load_speech_backbone", "load_text_backbone"):
-            load = functools.cache(getattr(retriever, name))
-            patch.setattr(retriever, name, lambda folder, load=load: copy.deepcopy(load(folder)))
-        yield
+pytestmark = pytest.mark.usefixtures("read_once")
 
 
 @pytest.fixture(scope="module")
