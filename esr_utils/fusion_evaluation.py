@@ -23,6 +23,7 @@ from esr_utils.config import Level
 from esr_utils.embeddings_file import ABOUT, PROTOCOL, EmbeddingsFile, EmbeddingsFileError
 from esr_utils.fusion import FusionRetriever, Way, pick
 from esr_utils.manifests import to_cuts
+from esr_utils.objective import in_bf16
 from esr_utils.tables import Cell
 from esr_utils.text import Tokens
 
@@ -140,11 +141,11 @@ def evaluate(
     for system, folders in systems.items():
         made: dict[tuple[str, str], list[tuple]] = {}
         for folder in folders:
-            model, level = _loaded(folder, device)
+            model, level, bf16 = _loaded(folder, device)
             for test in tests:
                 sides = _tokens(model, clip_frames(model, test.clips, level, cache), test.captions.texts)
                 for protocol in asked if model.config.fusion else dict.fromkeys(map(_without_fusion, asked)):
-                    scored = _scored(model, *sides, test, protocol, k)
+                    scored = _scored(model, *sides, test, protocol, k, bf16)
                     made.setdefault((test.corpus, protocol), []).append(scored)
         for (corpus, protocol), results in made.items():
             found, fusions, seconds, ceilings, gaps = zip(*results, strict=True)
@@ -222,7 +223,7 @@ def joint_spaces(
     about = pd.DataFrame({"style": styles, "modality": names})
     found = {}
     for system, (folder, *_) in systems.items():
-        model, level = _loaded(folder, device)
+        model, level, _ = _loaded(folder, device)
         sides = _tokens(model, clip_frames(model, test.clips, level, cache), test.captions.texts)
         vectors = _alone(model, *sides, "masked")
         found[f"{system}, modality gap {modality.gap(*vectors):.2f}"] = np.concatenate(vectors), about
@@ -234,11 +235,11 @@ def level_of(systems: Mapping[str, Sequence[str | Path]]) -> Level:
     return runs.read_json(runs.run_folder(next(iter(systems.values()))[0]) / "config.json")["training"]["level"]
 
 
-def _loaded(folder: str | Path, device: str) -> tuple[FusionRetriever, Level]:
-    """A run's best retriever, and the level that it was trained at."""
-    folder = runs.run_folder(folder)
-    level = runs.read_json(folder / "config.json")["training"]["level"]
-    return FusionRetriever.load(folder / "best", runs.pick_device(device)), level
+def _loaded(folder: str | Path, device: str) -> tuple[FusionRetriever, Level, bool]:
+    """A run's best retriever, the level that it was trained at, and whether pairs are fused in bf16, as there."""
+    folder, place = runs.run_folder(folder), runs.pick_device(device)
+    training = runs.read_json(folder / "config.json")["training"]
+    return FusionRetriever.load(folder / "best", place), training["level"], in_bf16(training["precision"], place)
 
 
 @torch.no_grad()
@@ -260,18 +261,18 @@ def _without_fusion(protocol: str) -> str:
 
 
 def _scored(
-    model: FusionRetriever, clips: Tokens, texts: Tokens, test: CaptionedSet, protocol: str, k: int
+    model: FusionRetriever, clips: Tokens, texts: Tokens, test: CaptionedSet, protocol: str, k: int, bf16: bool
 ) -> tuple[Found, int, float, dict[str, float], float | None]:
     """What is found, by how many fusions and seconds; the ceiling of a rerank; the gap of vectors made alone."""
     if protocol in protocols.LEAKY:
         own = pick(texts, torch.from_numpy(test.own).to(texts.mask.device))
-        scored = protocols.score(model, clips, own, protocol)
+        scored = protocols.score(model, clips, own, protocol, bf16=bf16)
         right = test.captions.relevant[test.own]
         scorer = CaptionScorer(right, test.clips["speaker"], test.scorer.seed, np.eye(len(test.own), dtype=bool))
         return scorer.retrieval(scored.matrix), scored.fusions, scored.seconds, {}, None
-    ways = {"t2a": protocols.score(model, clips, texts, protocol, k, "t2a")}
-    ways["a2t"] = protocols.score(model, clips, texts, protocol, k, "a2t") if protocol == "rerank" else ways["t2a"]
-    used = {id(way): way for way in ways.values()}.values()
+    asked = DIRECTIONS if protocol == "rerank" else ("t2a",)
+    ways = {side: protocols.score(model, clips, texts, protocol, k, side, bf16=bf16) for side in asked}
+    used, ways["a2t"] = list(ways.values()), ways.get("a2t", ways["t2a"])
     found = test.scorer.retrieval(ways["t2a"].matrix, ways["a2t"].matrix)
     ceiling, gap = {}, None
     if protocol == "rerank":
