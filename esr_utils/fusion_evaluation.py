@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from esr_utils import batches, embedding, intervals, modality, protocols, runs
 from esr_utils.captioned import DIRECTIONS, Captions, CaptionScorer, Found
@@ -138,6 +139,7 @@ def evaluate(
     if unknown := set(asked) - {*protocols.HONEST, *protocols.LEAKY}:
         raise ValueError(f"protocol {', '.join(sorted(unknown))}: there are {', '.join(protocols.HONEST)}, matched")
     rows = []
+    progress = tqdm(total=sum(map(len, systems.values())) * len(tests), desc="score", unit="set", leave=False)
     for system, folders in systems.items():
         made: dict[tuple[str, str], list[tuple]] = {}
         for folder in folders:
@@ -147,11 +149,13 @@ def evaluate(
                 for protocol in asked if model.config.fusion else dict.fromkeys(map(_without_fusion, asked)):
                     scored = _scored(model, *sides, test, protocol, k, bf16)
                     made.setdefault((test.corpus, protocol), []).append(scored)
+                progress.update()
         for (corpus, protocol), results in made.items():
             found, fusions, seconds, ceilings, gaps = zip(*results, strict=True)
             ceiling = {d: float(np.mean([one[d] for one in ceilings])) for d in ceilings[0]} or None
             mean_seconds, gap = float(np.mean(seconds)), None if gaps[0] is None else float(np.mean(gaps))
             rows.append(Row(corpus, system, protocol, found, fusions[0], mean_seconds, ceiling, gap))
+    progress.close()
     return rows
 
 
