@@ -51,6 +51,7 @@ def measures(manifest: pd.DataFrame, cache: Path | None = CACHE) -> tuple[pd.Dat
 
 
 def left_out_table(rows: list[tuple[str, str, str]]) -> pd.DataFrame:
+    """(utterance_id, attribute, reason) rows as a table, also where there are none."""
     return pd.DataFrame(rows, columns=["utterance_id", "attribute", "reason"], dtype="str")
 
 

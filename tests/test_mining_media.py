@@ -59,8 +59,9 @@ def test_a_name_that_is_no_unicode(tmp_path):
     except OSError:
         pytest.skip("this file system takes no such names")
     (source,) = find_sources(tmp_path)
-    source.name.encode()
+    assert source.name.encode()  # it can be written down
     media.extract_sound(source.path, tmp_path / "out" / f"{source.id}.flac")
+    assert soundfile.info(tmp_path / "out" / f"{source.id}.flac").duration == pytest.approx(0.1, abs=0.01)
 
 
 def test_a_single_file_is_enough(tmp_path):

@@ -85,6 +85,8 @@ def silero_vad() -> Iterator[SileroVad]:
 
 @dataclass
 class SileroVad:
+    """Voice activity by silero-vad, whose package holds its weights."""
+
     model: torch.nn.Module
 
     @torch.inference_mode()
