@@ -95,10 +95,10 @@ def load_grid(
 ) -> dict[str, list[Path]]:
     """The systems that a grid holds, finished, with their seeds: system -> its run folders.
 
+    The default grid, and only that, is trained first (demo corpus, default settings) where there is nothing yet.
+
     Args:
         systems: which; empty: all.
-
-    The default grid, and only that, is trained first (demo corpus, default settings) where there is nothing yet.
 
     Raises:
         weights.WeightsError: none is there, or one that is asked for is not.
