@@ -229,6 +229,7 @@ class FusionTrainConfig(_Config):
     learn_gamma: bool = False  # True: gamma is trained, and goes down to 0, where the loss is InfoNCE
     mask_false_negatives: bool = True  # pairs whose caption is true of the other's clip too are no negatives
     regulariser_weight: float = 0.0  # of Eq. (3)'s term; the paper's is 1
+    bi_encoder: bool = True  # of a model with fusion: contrast vectors made past it too; False: through it alone
     matching_weight: float = 1.0  # of the loss on fused pairs; 0 = pairs are not fused in training
     mined_negatives: int = 1  # for each clip and each caption, fused with it beside its own: 2 m B fusions a step
     teacher: str = ""  # run folder of a trained retriever, whose similarities are targets too (RA-CLAP); empty = none

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from esr_utils import batches, embedding, intervals, modality, protocols, runs
 from esr_utils.captioned import DIRECTIONS, Captions, CaptionScorer, Found
 from esr_utils.captions import Captioned, relevance
-from esr_utils.config import Level
+from esr_utils.config import FusionConfig, Level
 from esr_utils.embeddings_file import ABOUT, PROTOCOL, EmbeddingsFile, EmbeddingsFileError
 from esr_utils.fusion import FusionRetriever, Way, pick
 from esr_utils.manifests import to_cuts
@@ -126,8 +126,9 @@ def evaluate(
 ) -> list[Row]:
     """Scores systems (label -> run folders, one for each seed) on every set by every protocol.
 
-    A model without fusion has one way to be scored, so all honest protocols are one row for it, `bi-encoder`. A clip
-    past 30 s is the sequence of its windows' frames.
+    A model without fusion has one way to be scored, so all honest protocols are one row for it, `bi-encoder`. One with
+    fusion has no row by an honest protocol that it was not trained for. A clip past 30 s is the sequence of its
+    windows' frames.
 
     Args:
         asked: of `protocols.HONEST`, and `matched`, whose rows no table but `leak_table` takes.
@@ -146,7 +147,7 @@ def evaluate(
             model, level, bf16 = _loaded(folder, device)
             for test in tests:
                 sides = _tokens(model, clip_frames(model, test.clips, level, cache), test.captions.texts)
-                for protocol in asked if model.config.fusion else dict.fromkeys(map(_without_fusion, asked)):
+                for protocol in _trained_for(folder, model.config, asked):
                     scored = _scored(model, *sides, test, protocol, k, bf16)
                     made.setdefault((test.corpus, protocol), []).append(scored)
                 progress.update()
@@ -259,9 +260,14 @@ def _alone(model: FusionRetriever, clips: Tokens, texts: Tokens, way: Way) -> tu
     return speech, text
 
 
-def _without_fusion(protocol: str) -> str:
-    """What a protocol comes to for a model that fuses nothing."""
-    return protocol if protocol in protocols.LEAKY else "bi-encoder"
+def _trained_for(folder: str | Path, config: FusionConfig, asked: Sequence[str]) -> list[str]:
+    """Of the protocols asked for, those that a run's losses were made for; without fusion all honest ones are one."""
+    if not config.fusion:
+        return list(dict.fromkeys(name if name in protocols.LEAKY else "bi-encoder" for name in asked))
+    training = runs.read_json(runs.run_folder(folder) / "config.json")["training"]
+    untrained = set() if training["bi_encoder"] else {"bi-encoder"}
+    untrained |= set() if training["matching_weight"] else {"rerank", "all-pairs"}
+    return [name for name in asked if name not in untrained]
 
 
 def _scored(

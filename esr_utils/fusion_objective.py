@@ -18,9 +18,11 @@ from esr_utils.objective import Values, in_bf16
 from esr_utils.text import Tokens
 
 
-def ways(model: FusionRetriever) -> tuple[Way, ...]:
-    """How a model makes a vector of one modality alone: without fusion there is one way."""
-    return ("bi-encoder", "masked") if model.config.fusion else ("bi-encoder",)
+def ways(model: FusionRetriever, config: FusionTrainConfig) -> tuple[Way, ...]:
+    """How the vectors are made, of one modality alone, that the contrastive loss is on."""
+    if not model.config.fusion:
+        return ("bi-encoder",)
+    return ("bi-encoder", "masked") if config.bi_encoder else ("masked",)
 
 
 class FusionObjective(nn.Module):
@@ -51,7 +53,7 @@ class FusionObjective(nn.Module):
         relevant = batch["relevant"].to(model.device) if config.mask_false_negatives else None
         speech, text = model.speech_tokens(batch), model.text_tokens(captions)
         contrastive, regulariser = [], []
-        for way in ways(model):
+        for way in ways(model, config):
             pair = model.alone(speech, "speech", way).float(), model.alone(text, "text", way).float()
             logits = losses.similarity(*pair) * model.logit_scale
             contrastive.append(self._contrastive(logits, relevant, batch, captions, way))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,13 +12,14 @@ import pandas as pd
 import torch
 from lhotse.cut import Cut
 
-from esr_utils import batches, captions, embedding, provenance, runs
+from esr_utils import batches, captions, embedding, provenance, retriever, runs
 from esr_utils.config import ConfigError, FusionConfig, FusionTrainConfig
 from esr_utils.fitting import Fitting
 from esr_utils.fusion import FusionRetriever
 from esr_utils.fusion_objective import FusionObjective
 from esr_utils.manifests import to_cuts
 from esr_utils.objective import Values
+from esr_utils.text import TextBackbone
 
 
 def fit(
@@ -65,6 +67,12 @@ def begin(
     provenance.begin(manifest, folder, model_config, config, _learned(manifest, captioned))
 
 
+@functools.lru_cache(maxsize=1)
+def _text_backbone(name: str) -> TextBackbone:
+    """One for all trainings of a grid, since it is frozen: what it made of the captions stays with it."""
+    return retriever.load_text_backbone(name)
+
+
 def _teacher(run: str, model_config: FusionConfig, device: torch.device) -> FusionRetriever:
     """The teacher of a run, which reads the same frames.
 
@@ -76,6 +84,8 @@ def _teacher(run: str, model_config: FusionConfig, device: torch.device) -> Fusi
     for name in ("speech_backbone", "frames_per_token"):
         if (theirs := getattr(teacher.config, name)) != (ours := getattr(model_config, name)):
             raise ConfigError(f"teacher {run}: its {name} is {theirs!r}, the run's {ours!r}; they must read the same")
+    if teacher.config.text_backbone == model_config.text_backbone:
+        teacher.text = _text_backbone(model_config.text_backbone)
     return teacher
 
 
@@ -92,7 +102,7 @@ class _Trainer(Fitting):
         self.step_is_whole = self.waiting = False  # waiting: gradients that no step of the optimiser has taken yet
         if self.accelerator.num_processes > 1:
             raise ConfigError("captions are trained on in one process: start it without a launcher")
-        model = FusionRetriever.build(model_config).to(self.device)
+        model = FusionRetriever.build(model_config, _text_backbone(model_config.text_backbone)).to(self.device)
         model.speech.set_trainable(config.finetune == "full")
         self._check_crop(model.speech, model_config.speech_backbone)
         teacher = _teacher(config.teacher, model_config, self.device) if config.teacher else None

@@ -327,22 +327,24 @@ def players(hits: pd.DataFrame, query: str = "") -> HTML:
     return HTML(f"{title}<table><tr>{head}</tr>{''.join(rows)}</table>")
 
 
-def leak(noise: pd.DataFrame) -> Figure:
-    """R@1 on pairs of pure noise by each protocol, before and after training (`protocols.noise_experiment`).
+def leak(experiment: pd.DataFrame, on: str = "pure noise") -> Figure:
+    """R@1 by each protocol, before and after naive training (`leakage`); what it is `on` stands in the titles.
 
-    Bars with their 95 % intervals; the line is chance, where every protocol should be that cannot see the answer.
+    Bars with their 95 % intervals; the line is chance, where on noise every protocol should be that cannot see the
+    answer.
     """
-    moments, names = sorted(noise["steps"].unique()), list(dict.fromkeys(noise["protocol"]))
+    moments, names = sorted(experiment["steps"].unique()), list(dict.fromkeys(experiment["protocol"]))
     size = {"figsize": (5.2 * len(moments), 3.6), "squeeze": False, "sharey": True, "layout": "constrained"}
     figure, axes = plt.subplots(1, len(moments), **size)
     for axis, steps in zip(axes[0], moments, strict=True):
         for d, (direction, label) in enumerate((("a2t", "audio to text"), ("t2a", "text to audio"))):
-            part = noise[(noise["steps"] == steps) & (noise["direction"] == direction)].set_index("protocol").loc[names]
+            part = experiment[(experiment["steps"] == steps) & (experiment["direction"] == direction)]
+            part = part.set_index("protocol").loc[names]
             places, bounds = np.arange(len(names)) + (d - 0.5) * 0.4, part[["low", "high"]].to_numpy()
             _bars(axis, places, part["r@1"].to_numpy(), bounds, 0.38, f"C{d}", label)
-        axis.axhline(noise["chance"].iloc[0], color="black", lw=0.8, ls="--", label="chance")
+        axis.axhline(experiment["chance"].iloc[0], color="black", lw=0.8, ls="--", label="chance")
         axis.set_xticks(range(len(names)), [f"{name}\n(leaky)" if name == "matched" else name for name in names])
-        axis.set(title=f"pure noise, after {steps} training steps" if steps else "pure noise, untrained")
+        axis.set(title=f"{on}, after {steps} training steps" if steps else f"{on}, untrained")
     axes[0, 0].set(ylabel="R@1", ylim=(0, 1.02))
     figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3)
     return figure

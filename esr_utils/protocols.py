@@ -1,7 +1,7 @@
 """How a model that fuses the two sides of a pair may be scored, and how it may not.
 
 Fusion reads speech and caption of one pair together. Where test clip i is fused with its own caption i, what comes out
-of either side knows of the other, and the clip is found by that: on pure noise, R@1 is 100 % (`noise_experiment`). So a
+of either side knows of the other, and the clip is found by that: on pure noise, R@1 is 100 % (`leakage`). So a
 score must come from a pair that was made without knowing whether it is right:
 
     bi-encoder   no fusion: each side past the blocks, then cosine                    0 fusions; can be indexed
@@ -20,15 +20,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 from torch import Tensor
 from torch.nn import functional as F
 
-from esr_utils import losses, metrics
-from esr_utils.config import FusionConfig
 from esr_utils.embedding import padded_frames
 from esr_utils.fusion import FusionRetriever, FusionSeparation, Modality, Way, pick
 from esr_utils.text import Tokens
@@ -229,66 +225,3 @@ def _joined(parts: list[Tokens]) -> Tokens:
     padded = [(part, longest - part.mask.shape[1]) for part in parts]
     values = torch.cat([F.pad(part.values, (0, 0, 0, spare)) for part, spare in padded])
     return Tokens(values, torch.cat([F.pad(part.mask, (0, spare)) for part, spare in padded]))
-
-
-def noise_experiment(n: int = 200, steps: int = 300, dim: int = 32, k: int = 20, seed: int = 0) -> pd.DataFrame:
-    """What each protocol finds where there is nothing to find: speech and captions that are independent noise.
-
-    A model is trained as the naive reading of FS-CLAP has it: the pairs of a batch are fused, each clip with its own
-    caption, and then told from one another by InfoNCE. The pairs are new noise at every step, so nothing can be learned
-    by heart, and there is no content; what is learned is to pass a mark of the pair through the fusion. Then n new
-    pairs are scored by each protocol, before the training and after.
-
-    Args:
-        n: pairs scored; by chance R@1 is 1 / n.
-        steps: of training, each on 64 pairs.
-        dim: d, of tokens and vectors.
-        k: of the rerank.
-
-    Returns:
-        A row for each protocol, direction (a2t, t2a) and moment: columns protocol, honest, direction, steps (0, or
-        those trained), r@1, low and high (its exact binomial 95 % interval over the n queries), chance, fusions.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = FusionSeparation(FusionConfig(dim=dim, heads=4, dropout=0.0))
-        speech, text = _noise(n, 12, dim), _noise(n, 6, dim)
-        rows = _noise_rows(model, speech, text, 0, k)
-        optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3)
-        model.train()
-        for _ in range(steps):
-            pair = model.pair(_noise(64, 12, dim), _noise(64, 6, dim))
-            optimiser.zero_grad()
-            losses.info_nce(losses.similarity(*pair) / 0.07).backward()
-            optimiser.step()
-        return pd.DataFrame(rows + (_noise_rows(model, speech, text, steps, k) if steps else []))
-
-
-def _noise(n: int, longest: int, dim: int) -> Tokens:
-    """Sequences of half this length or more."""
-    mask = torch.arange(longest) < torch.randint(longest // 2, longest + 1, (n, 1))
-    return Tokens(torch.randn(n, longest, dim) * mask[..., None], mask)
-
-
-def _noise_rows(model: FusionSeparation, speech: Tokens, text: Tokens, steps: int, k: int) -> list[dict]:
-    found, right = [], np.eye(len(text.mask), dtype=bool)
-    for protocol in (*HONEST, *LEAKY):
-        for direction in ("a2t", "t2a"):
-            scored = score(model, speech, text, protocol, k, direction)
-            by_query = scored.matrix if direction == "t2a" else scored.matrix.T
-            recall = metrics.retrieval_recall(by_query, right, [1])[:, 0]
-            interval = binomtest(round(recall.sum()), len(recall)).proportion_ci()
-            found.append(
-                {
-                    "protocol": protocol,
-                    "honest": protocol in HONEST,
-                    "direction": direction,
-                    "steps": steps,
-                    "r@1": float(recall.mean()),
-                    "low": interval.low,
-                    "high": interval.high,
-                    "chance": 1 / len(recall),
-                    "fusions": scored.fusions,
-                }
-            )
-    return found

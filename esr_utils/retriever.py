@@ -56,9 +56,14 @@ class Retriever(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
 
     @classmethod
-    def build(cls, config: ModelConfig | FusionConfig) -> Self:
-        """A retriever with pretrained backbones and all else drawn from torch's current seed."""
-        return cls(config, load_speech_backbone(config.speech_backbone), load_text_backbone(config.text_backbone))
+    def build(cls, config: ModelConfig | FusionConfig, text: TextBackbone | None = None) -> Self:
+        """A retriever with pretrained backbones and all else drawn from torch's current seed.
+
+        Args:
+            text: the text backbone, where it is loaded already.
+        """
+        text = text or load_text_backbone(config.text_backbone)
+        return cls(config, load_speech_backbone(config.speech_backbone), text)
 
     @property
     def device(self) -> torch.device:

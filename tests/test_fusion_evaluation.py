@@ -104,6 +104,18 @@ def test_rows_and_what_they_cost(rows, sets):
     assert costs.loc[("mini", "FS-CLAP", "rerank"), "fusions"] == rerank.fusions
 
 
+def test_a_run_has_no_row_by_a_protocol_that_it_was_not_trained_for(tmp_path):
+    def asked(fusion: bool, **training) -> list[str]:
+        config = FusionTrainConfig(**training)
+        runs.write_json(tmp_path / "config.json", {"training": config.to_dict()})
+        return fusion_evaluation._trained_for(tmp_path, FusionConfig(fusion=fusion), (*ASKED, "all-pairs", "matched"))
+
+    assert asked(True) == [*ASKED, "all-pairs", "matched"]
+    assert asked(True, bi_encoder=False, matching_weight=0.0) == ["masked", "matched"]
+    assert asked(True, matching_weight=0.0) == ["bi-encoder", "masked", "matched"]
+    assert asked(False) == ["bi-encoder", "matched"]
+
+
 def test_no_rerank_exceeds_its_ceiling(rows):
     rerank = rows[-1]
     for direction in ("a2t", "t2a"):

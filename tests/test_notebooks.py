@@ -171,12 +171,13 @@ def test_fsclap_training_notebook_writes_a_run_for_each_system_and_seed(fsclap):
 def test_fsclap_evaluation_notebook_gives_the_papers_tables_the_map_and_the_leak(fsclap, folder, data_root):
     run, _ = fsclap
     shown = execute(
-        "09_fsclap_evaluate", folder, run=str(run), data_root=str(data_root), k=4, noise_steps=5,
+        "09_fsclap_evaluate", folder, run=str(run), data_root=str(data_root), k=4, noise_steps=5, speech_steps=2,
         protocol="bi-encoder+masked+rerank+all-pairs",
     )  # fmt: skip
     shown_in = run / "test-held_out"
     assert exported(shown_in / "tables", "table_1", "table_2", "table_3", "differences", "costs", "noise", "leak")
-    assert exported(shown_in / "figures", "joint_umap_mini", "leak", kinds=("png", "svg"))
+    assert exported(shown_in / "tables", "limits", "read_rightly", "naive_mini")
+    assert exported(shown_in / "figures", "joint_umap_mini", "leak", "leak_mini", kinds=("png", "svg"))
     rows = pd.read_csv(shown_in / "tables" / "table_1.csv")
     fs_clap = rows[rows["system"] == "FS-CLAP"]
     assert fs_clap["protocol"].tolist() == ["bi-encoder", "masked", "rerank", "all-pairs"]

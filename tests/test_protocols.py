@@ -13,7 +13,7 @@ from esr_utils.embedding import frozen_frames
 from esr_utils.fusion import FusionRetriever, FusionSeparation
 from esr_utils.manifests import to_cuts
 from esr_utils.objective import has_bf16
-from esr_utils.protocols import HONEST, LEAKY, Scored, noise_experiment, refuse_leaky, score, unit_vectors
+from esr_utils.protocols import HONEST, LEAKY, Scored, refuse_leaky, score, unit_vectors
 from esr_utils.text import Tokens
 
 N_CLIPS, N_TEXTS, DIM = 9, 7, 16
@@ -210,15 +210,3 @@ def test_frames_and_sentences_of_a_corpus_are_scored(manifest, tiny_text, tiny_w
     np.testing.assert_allclose(found, from_scratch.numpy(), atol=1e-5)
     reranked = score(retriever, kept.frames, captions, "rerank", k=2)
     assert reranked.matrix.shape == (3, 5) and reranked.fusions == 6
-
-
-def test_nothing_is_found_in_noise_but_by_the_leak():
-    """Speech and captions are independent: whoever finds the pairs has been told them."""
-    found = noise_experiment()
-    assert len(found) == 5 * 2 * 2 and set(found["steps"]) == {0, 300} and (found["chance"] == 1 / 200).all()
-    honest = found[found["honest"]]
-    assert set(honest["protocol"]) == set(HONEST)
-    at_chance = (honest["low"] <= honest["chance"]) & (honest["chance"] <= honest["high"])
-    assert at_chance.all(), honest[~at_chance]
-    leaked = found[~found["honest"] & (found["steps"] == 300)]
-    assert set(leaked["protocol"]) == set(LEAKY) and (leaked["r@1"] > 0.95).all()
