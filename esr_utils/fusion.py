@@ -19,11 +19,14 @@ be scored and how it may not.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from esr_utils.codebook import Codebook
 from esr_utils.config import FusionConfig
@@ -57,6 +60,18 @@ def pick(tokens: Tokens, index: Tensor) -> Tokens:
     mask = tokens.mask[index]
     longest = int(mask.sum(1).max())
     return Tokens(tokens.values[index, :longest], mask[:, :longest])
+
+
+@contextmanager
+def half_precision(device: torch.device, enabled: bool) -> Iterator[None]:
+    """Products in bf16. On a CPU attention is then made of plain products.
+
+    torch's own attention kernel takes longer there than bf16 saves elsewhere: 0.6 s of a training step of 2.0 s, where
+    plain products took under 0.1 s (96 pairs of 65 tokens, one thread of a CPU with AMX).
+    """
+    attention = sdpa_kernel(SDPBackend.MATH) if enabled and device.type == "cpu" else nullcontext()
+    with torch.autocast(device.type, torch.bfloat16, enabled=enabled), attention:
+        yield
 
 
 class FrameHead(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from esr_utils import losses, matching
 from esr_utils.config import FusionTrainConfig
-from esr_utils.fusion import FusionRetriever, Way, pick
+from esr_utils.fusion import FusionRetriever, Way, half_precision, pick
 from esr_utils.objective import Values, in_bf16
 from esr_utils.text import Tokens
 
@@ -127,7 +127,7 @@ class FusionObjective(nn.Module):
         return self._values(terms, batch)
 
     def _in_precision(self, batch: dict, captions: list[str], seed: int) -> dict[str, Tensor]:
-        with torch.autocast(self.retriever.device.type, torch.bfloat16, enabled=self._bf16):
+        with half_precision(self.retriever.device, self._bf16):
             return self.terms(batch, captions, seed)
 
     def _values(self, terms: dict[str, Tensor], batch: dict) -> Values:

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from esr_utils.embedding import padded_frames
-from esr_utils.fusion import FusionRetriever, FusionSeparation, Modality, Way, pick
+from esr_utils.fusion import FusionRetriever, FusionSeparation, Modality, Way, half_precision, pick
 from esr_utils.text import Tokens
 
 HONEST = ("bi-encoder", "masked", "rerank", "all-pairs")
@@ -185,7 +185,7 @@ def _pairs(
     key = clips.mask.sum(1)[columns] // 8 * longest_text + texts.mask.sum(1)[rows]
     vectors = clips.values.new_zeros(2, len(rows), width)
     for part in key.argsort(stable=True).split(_BATCH):
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with half_precision(device, bf16):
             vectors[:, part] = torch.stack(model.pair(pick(clips, columns[part]), pick(texts, rows[part]))).float()
     return vectors[0], vectors[1]
 
