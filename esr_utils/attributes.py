@@ -146,7 +146,9 @@ def clip_attributes(
     if thresholds is None:
         thresholds = Thresholds.fit(manifest, measured)
         if not thresholds.tertiles:
-            raise ValueError("no train clip of a known gender, on which tertiles could be fitted: pass thresholds")
+            raise ValueError(
+                "no train clip of a known gender, on which tertiles could be fitted: give a manifest with a train split"
+            )
     clips = manifest[["utterance_id", "split", "caption", "gender", "style"]].reset_index(drop=True)
     known = manifest["gender"].isin(ATTRIBUTES["gender"]).to_numpy()
     clips["gender"] = clips["gender"].where(known, "")

@@ -49,40 +49,6 @@ class Captions:
     relevant: NDArray[np.bool_]
     written_for: NDArray[np.bool_]
 
-    @classmethod
-    def of(cls, utterance_ids: Sequence[str], pairs: pd.DataFrame) -> Captions:
-        """
-        Args:
-            utterance_ids: the N clips, in the order of the scores' columns.
-            pairs: a row per clip and caption: utterance_id, caption; and, for attribute captions, attributes: any
-                text that is the same for clips of the same attributes, empty where there are none.
-
-        Raises:
-            ValueError: a row names a clip that is not there, or a clip has two sets of attributes.
-        """
-        column = pd.Series(np.arange(len(utterance_ids)), index=pd.Index(utterance_ids))
-        if unknown := sorted(set(pairs["utterance_id"]) - set(column.index)):
-            raise ValueError(f"captions of clips that are not there: {', '.join(unknown[:5])}")
-        pairs = pairs.assign(caption=pairs["caption"].str.strip())
-        pairs = pairs[pairs["caption"] != ""]
-        texts = sorted(set(pairs["caption"]))
-        rows, columns = (
-            pairs["caption"].map({text: i for i, text in enumerate(texts)}),
-            pairs["utterance_id"].map(column),
-        )
-        written_for = np.zeros((len(texts), len(column)), dtype=bool)
-        written_for[rows, columns] = True
-        relevant = written_for.copy()
-        if "attributes" in pairs:
-            known = pairs["attributes"] != ""
-            if (pairs[known].groupby("utterance_id")["attributes"].nunique() > 1).any():
-                raise ValueError("a clip has two sets of attributes; give each clip one text")
-            of_clip = pairs[known].drop_duplicates("utterance_id")
-            for _, group in pairs[known].groupby("attributes"):
-                inside = of_clip["attributes"] == group["attributes"].iloc[0]
-                relevant[np.ix_(rows[group.index].unique(), columns[of_clip.index[inside]])] = True
-        return cls(texts, relevant, written_for)
-
 
 @dataclass(frozen=True)
 class Found:

@@ -117,17 +117,22 @@ class Captioned:
 
 
 def of_manifest(
-    manifest: pd.DataFrame, per_clip: int = 8, per_test_clip: int = 1, seed: int = 0, cache: Path | None = CACHE
+    manifest: pd.DataFrame,
+    per_clip: int = 8,
+    per_test_clip: int = 1,
+    seed: int = 0,
+    cache: Path | None = CACHE,
+    thresholds: Thresholds | None = None,
 ) -> Captioned:
     """A corpus's own captions where it has any, else attribute captions; arguments of `attribute_captions`."""
     own = manifest["corpus"].isin(manifest.loc[manifest["caption"] != "", "corpus"])
     free, labelled = manifest[own], manifest[~own]
-    tables, thresholds = [free_captions(free)], None
+    tables = [free_captions(free)]
     clips = [free[["utterance_id", "split", "caption"]].assign(**dict.fromkeys(ATTRIBUTES, ""))]
     left_out = left_out_table([(name, "caption", "none") for name in free.loc[free["caption"] == "", "utterance_id"]])
     if len(labelled):
         written, thresholds, unknown = attribute_captions(
-            labelled, per_clip=per_clip, per_test_clip=per_test_clip, seed=seed, cache=cache
+            labelled, thresholds=thresholds, per_clip=per_clip, per_test_clip=per_test_clip, seed=seed, cache=cache
         )
         tables.append(written)
         clips.append(clip_attributes(labelled, thresholds, cache)[0])

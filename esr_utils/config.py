@@ -232,7 +232,7 @@ class FusionTrainConfig(_Config):
     bi_encoder: bool = True  # of a model with fusion: contrast vectors made past it too; False: through it alone
     matching_weight: float = 1.0  # of the loss on fused pairs; 0 = pairs are not fused in training
     mined_negatives: int = 1  # for each clip and each caption, fused with it beside its own: 2 m B fusions a step
-    teacher: str = ""  # run folder of a trained retriever, whose similarities are targets too (RA-CLAP); empty = none
+    teacher: str = ""  # trained run whose similarities are targets too (RA-CLAP): path from the run folder, or as `run`
     finetune: Finetune = "frozen"  # of the speech backbone; the text backbone is always frozen
     precision: Precision = "auto"  # of matrix products; auto: bf16 on a GPU that has it, else fp32
     level: Level = "recorded"  # captions name the energy, which normalising takes out

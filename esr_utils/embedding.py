@@ -129,8 +129,8 @@ def frozen_features(model: StyleRetriever, cuts: CutSet, level: Level, cache: Pa
 def frozen_frames(model: FusionRetriever, cuts: CutSet, level: Level, cache: Path = CACHE) -> FrozenFrames:
     """As `frozen_features`, but the frames in a row: the mean of every `frames_per_token` of them.
 
-    All stay in memory, as fp16: with Whisper tiny and four frames a token, 48 kB per second of speech, so that RAVDESS
-    and EmoDB take 0.33 GB.
+    Those of a tuned backbone, which no other run has, are not kept on disk. All stay in memory, as fp16: with Whisper
+    tiny and four frames a token, 48 kB per second of speech, so that RAVDESS and EmoDB take 0.33 GB.
     """
     n = model.config.frames_per_token
 
@@ -152,12 +152,12 @@ def _of_frames(
     model: Retriever, cuts: CutSet, level: Level, cache: Path, reduce: Callable[[Tensor, Tensor], Tensor]
 ) -> tuple[list[str], list[Tensor], pd.DataFrame]:
     """Ids of the usable cuts, what `reduce` makes of their frames (L, T, D) and active frames (T,), and the skipped."""
-    kept = FrameCache(model.speech, level, cache, model.last_only)
+    kept = None if model.speech_is_tuned else FrameCache(model.speech, level, cache, model.last_only)
     reduced, missing = {}, []
     progress = tqdm(total=len(cuts), desc="frames", unit="clip", leave=False)
     for cut in cuts:
         try:
-            found = kept.read(cut)
+            found = kept and kept.read(cut)
         except OSError:  # the audio file itself is gone: decoding it will say so
             found = None
         if found is None:
@@ -173,7 +173,8 @@ def _of_frames(
         skipped += batch["skipped"]
         if batch["cut_id"]:
             for cut_id, *found in zip(batch["cut_id"], *_fitted(*model.frames(batch)), strict=True):
-                kept.write(by_id[cut_id], *found)
+                if kept:
+                    kept.write(by_id[cut_id], *found)
                 reduced[cut_id] = reduce(*found)
         progress.update(len(batch["cut_id"]) + len(batch["skipped"]))
     progress.close()
@@ -253,8 +254,7 @@ def embed(model: Retriever, cuts: CutSet, level: Level, cache: Path | None = CAC
     model.eval()
     parts = batches.pieces(cuts)
     owner = {cut.id: batches.utterance_id(cut) for cut in parts}
-    tuned = any(parameter.requires_grad for parameter in model.speech.parameters())
-    if cache is None or tuned:
+    if cache is None or model.speech_is_tuned:
         ids, found, skipped = _embed_waveforms(model, parts, level)
     else:
         ids, found, skipped = _embed_frozen(model, parts, level, cache)

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from esr_utils import batches, embedding, intervals, modality, protocols, runs
 from esr_utils.captioned import DIRECTIONS, Captions, CaptionScorer, Found
 from esr_utils.captions import Captioned, relevance
-from esr_utils.config import FusionConfig, Level
+from esr_utils.config import FusionConfig, FusionTrainConfig, Level
 from esr_utils.embeddings_file import ABOUT, PROTOCOL, EmbeddingsFile, EmbeddingsFileError
 from esr_utils.fusion import FusionRetriever, Way, pick
 from esr_utils.manifests import to_cuts
@@ -84,6 +84,29 @@ def _captions(clips: pd.DataFrame, told: pd.DataFrame, attributes: pd.DataFrame)
     right = np.zeros_like(written_for)
     np.logical_or.at(right, told["caption"].map(row).to_numpy(), relevance(told, of_clip))
     return Captions(texts, right | written_for, written_for)
+
+
+def usable(
+    systems: Mapping[str, Sequence[str | Path]],
+    manifest: pd.DataFrame,
+    device: str = "auto",
+    cache: Path = embedding.CACHE,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A manifest without the clips that cannot be heard, for all systems alike.
+
+    All systems of a grid have one speech backbone, so the first of them tells; its frames are kept for the scoring.
+
+    Returns:
+        The manifest's other rows; and what is left out: columns utterance_id, reason.
+
+    Raises:
+        ValueError: no clip can be used.
+    """
+    model, level, _ = _loaded(next(iter(systems.values()))[0], device)
+    skipped = embedding.frozen_frames(model, batches.pieces(to_cuts(manifest)), level, cache).skipped
+    if len(skipped) == len(manifest):
+        raise ValueError(f"none of the {len(manifest)} clips can be used: {', '.join(skipped['reason'].unique())}")
+    return manifest[~manifest["utterance_id"].isin(skipped["utterance_id"])], skipped
 
 
 @dataclass(frozen=True)
@@ -264,9 +287,9 @@ def _trained_for(folder: str | Path, config: FusionConfig, asked: Sequence[str])
     """Of the protocols asked for, those that a run's losses were made for; without fusion all honest ones are one."""
     if not config.fusion:
         return list(dict.fromkeys(name if name in protocols.LEAKY else "bi-encoder" for name in asked))
-    training = runs.read_json(runs.run_folder(folder) / "config.json")["training"]
-    untrained = set() if training["bi_encoder"] else {"bi-encoder"}
-    untrained |= set() if training["matching_weight"] else {"rerank", "all-pairs"}
+    training = FusionTrainConfig.from_dict(runs.read_json(runs.run_folder(folder) / "config.json")["training"])
+    untrained = set() if training.bi_encoder else {"bi-encoder"}
+    untrained |= set() if training.matching_weight else {"rerank", "all-pairs"}
     return [name for name in asked if name not in untrained]
 
 

@@ -52,13 +52,13 @@ def limits(
     Returns:
         mAP@10 (index corpus, reading; a column a direction), and how many are read rightly (index corpus, side; a
         column an attribute: shares of the clips of which it is known, and of the captions). Empty where no caption
-        names an attribute.
+        names an attribute, or there is no train split.
 
     Raises:
         ValueError: a clip cannot be used.
     """
     tests = [test for test in tests if _named(captioned, test).ne("").any(axis=None)]
-    if not tests:
+    if not tests or not (manifest["split"] == "train").any():
         return pd.DataFrame(), pd.DataFrame()
     folder, place = runs.run_folder(folder), runs.pick_device(device)
     level = runs.read_json(folder / "config.json")["training"]["level"]

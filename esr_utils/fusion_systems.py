@@ -8,6 +8,7 @@ FS-CLAP-M is the same model trained for one, `masked`, so that no other loss pul
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from esr_utils import checkpoints, embedding, fusion_training, provenance, runs, weights
+from esr_utils.attributes import Thresholds
 from esr_utils.captions import Captioned, check_language, of_manifest
 from esr_utils.config import FusionConfig, FusionTrainConfig
 from esr_utils.manifests import load_corpora
@@ -85,10 +87,10 @@ def train_all(
     for name in sorted({*systems, *teachers}, key=list(SYSTEMS).index):
         system = SYSTEMS[name]
         for seed in seeds:
-            teacher = str(folder_of(run, system.teacher, seed)) if system.teacher else ""
-            own = system.training | ({"objective": objective} if objective else {})
+            own, folder = system.training | ({"objective": objective} if objective else {}), folder_of(run, name, seed)
+            # Relative, so that a grid can be moved.
+            teacher = os.path.relpath(folder_of(run, system.teacher, seed), folder) if system.teacher else ""
             settings = config.but(**own, teacher=teacher, seed=seed)
-            folder = folder_of(run, name, seed)
             _train(manifest, captioned, folder, model_config.but(**system.model), settings, device, cache)
     return {name: [folder_of(run, name, seed) for seed in seeds] for name in systems}
 
@@ -98,7 +100,8 @@ def load_grid(
 ) -> dict[str, list[Path]]:
     """The systems that a grid holds, finished, with their seeds: system -> its run folders.
 
-    The default grid, and only that, is trained first (demo corpus, default settings) where there is nothing yet.
+    The default grid, and only that, is trained first (demo corpus, default settings) where there is nothing yet, or
+    where its training was interrupted.
 
     Args:
         systems: which; empty: all.
@@ -106,7 +109,8 @@ def load_grid(
     Raises:
         weights.WeightsError: none is there, or one that is asked for is not.
     """
-    if str(run) == DEFAULT_RUN and not runs.run_folder(run).is_dir():
+    begun = [path.parent for path in runs.run_folder(run).glob("*/seed*/resume.json")]
+    if str(run) == DEFAULT_RUN and (not begun or not all(map(checkpoints.finished, begun))):
         manifest = load_corpora("demo")
         train_all(manifest, of_manifest(manifest), run, FusionConfig(), FusionTrainConfig(), device=device)
     folders = {name: sorted((runs.run_folder(run) / runs.slug(name)).glob("seed*")) for name in SYSTEMS}
@@ -124,12 +128,16 @@ def clips_of_grid(
 ) -> tuple[pd.DataFrame, Captioned]:
     """The manifest that a grid was trained on, or another (`provenance.clips_of_run`), and its captions.
 
+    Where another has no train split, what is low and high is told by the grid's own thresholds.
+
     Raises:
         ValueError: captions in a language that the grid's text backbone does not know.
     """
     settings = runs.read_json(next(iter(grid.values()))[0] / "config.json")
     clips = provenance.clips_of_run(settings, corpora, manifest, data_root)
-    captioned = of_manifest(clips)
+    saved = next(iter(grid.values()))[0].parents[1] / "thresholds.json"
+    fitted_here = (clips["split"] == "train").any() or not saved.is_file()
+    captioned = of_manifest(clips, thresholds=None if fitted_here else Thresholds.load(saved))
     check_language(captioned.table, settings["model"]["text_backbone"])
     return clips, captioned
 

@@ -73,14 +73,15 @@ def _text_backbone(name: str) -> TextBackbone:
     return retriever.load_text_backbone(name)
 
 
-def _teacher(run: str, model_config: FusionConfig, device: torch.device) -> FusionRetriever:
-    """The teacher of a run, which reads the same frames.
+def _teacher(run: str, folder: Path, model_config: FusionConfig, device: torch.device) -> FusionRetriever:
+    """The teacher of the run in `folder`, which reads the same frames.
 
     Raises:
         weights.WeightsError: it is not there.
         ConfigError: it reads others.
     """
-    teacher = FusionRetriever.load(runs.run_folder(run) / "best", device)
+    beside = (folder / run).resolve()
+    teacher = FusionRetriever.load((beside if beside.is_dir() else runs.run_folder(run)) / "best", device)
     for name in ("speech_backbone", "frames_per_token"):
         if (theirs := getattr(teacher.config, name)) != (ours := getattr(model_config, name)):
             raise ConfigError(f"teacher {run}: its {name} is {theirs!r}, the run's {ours!r}; they must read the same")
@@ -105,7 +106,7 @@ class _Trainer(Fitting):
         model = FusionRetriever.build(model_config, _text_backbone(model_config.text_backbone)).to(self.device)
         model.speech.set_trainable(config.finetune == "full")
         self._check_crop(model.speech, model_config.speech_backbone)
-        teacher = _teacher(config.teacher, model_config, self.device) if config.teacher else None
+        teacher = _teacher(config.teacher, folder, model_config, self.device) if config.teacher else None
         learned = _learned(manifest, captioned)
         self.captions = {name: part.to_dict("records") for name, part in learned.groupby("utterance_id")}
         self.attributes = captioned.clips.set_index("utterance_id", drop=False)

@@ -58,22 +58,6 @@ class Scored:
     seconds: float
     shortlist: NDArray[np.int64] | None = None
 
-    def ceiling(self, relevant: NDArray[np.bool_]) -> float:
-        """The share of queries with a relevant candidate in their shortlist: no R@k of the rerank can exceed it.
-
-        Args:
-            relevant: (M, N), as `matrix`.
-
-        Raises:
-            ValueError: there is no shortlist, or the shapes differ.
-        """
-        if self.shortlist is None:
-            raise ValueError(f"{self.protocol} has no shortlist: only rerank has a ceiling")
-        if np.shape(relevant) != self.matrix.shape:
-            raise ValueError(f"relevant is {np.shape(relevant)}, the scores are {self.matrix.shape}")
-        by_query = np.asarray(relevant) if self.direction == "t2a" else np.asarray(relevant).T
-        return float(np.take_along_axis(by_query, self.shortlist, axis=1).any(axis=1).mean())
-
 
 def refuse_leaky(protocol: str) -> None:
     """What a table of results calls with each row's protocol.

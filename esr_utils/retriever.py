@@ -80,6 +80,11 @@ class Retriever(nn.Module):
         """Whether the last layer of the speech backbone is all that is read."""
         return False
 
+    @property
+    def speech_is_tuned(self) -> bool:
+        """Whether the speech backbone is this run's own, and no longer the one that its name stands for."""
+        return any(parameter.requires_grad for parameter in self.speech.parameters())
+
     def speech_vectors(self, batch: dict) -> Tensor:
         """e_s, (B, d), not normalised, of a batch with `waveform` (B, S) at 16 kHz and `n_samples` (B,)."""
         raise TypeError(f"{type(self).__name__} does not define speech_vectors")
@@ -113,7 +118,7 @@ class Retriever(nn.Module):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tuned = any(parameter.requires_grad for parameter in self.speech.parameters())
+        tuned = self.speech_is_tuned
         left_out = ("text.",) if tuned else ("text.", "speech.")
         state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items() if not k.startswith(left_out)}
         with runs.atomic_path(folder / "model.safetensors") as temporary:

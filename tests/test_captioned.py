@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from esr_utils.captioned import DIRECTIONS, KS, METRICS, Captions, CaptionScorer, sign_flip_p
+from esr_utils.captioned import DIRECTIONS, KS, METRICS, CaptionScorer, sign_flip_p
 
 # Three clips, four captions: 0 and 1 of clip 0, 2 of clips 1 and 2, 3 of clip 2 alone.
 RELEVANT = np.array([[1, 0, 0], [1, 0, 0], [0, 1, 1], [0, 0, 1]], dtype=bool)
@@ -87,52 +87,17 @@ def test_equal_scores_are_chance_and_not_perfect():
 
 # Repeated captions ------------------------------------------------------------------------------------------
 
-IDS = [f"toy/{i}" for i in range(6)]
-PAIRS = pd.DataFrame(
-    [
-        ("toy/0", "She whispers.", "f low"),
-        ("toy/1", "She whispers. ", "f low"),
-        ("toy/2", "He shouts.", "m high"),
-        ("toy/2", "A loud man.", "m high"),
-        ("toy/3", "A man, angry.", "m high"),
-        ("toy/4", "Nobody knows.", ""),
-        ("toy/5", "", ""),
-    ],
-    columns=["utterance_id", "caption", "attributes"],
-)
-
-
-def test_a_text_is_one_caption_and_right_for_every_clip_that_it_describes():
-    captions = Captions.of(IDS, PAIRS.drop(columns="attributes"))
-    assert captions.texts == ["A loud man.", "A man, angry.", "He shouts.", "Nobody knows.", "She whispers."]
-    assert (captions.relevant == captions.written_for).all()
-    assert [np.flatnonzero(row).tolist() for row in captions.relevant] == [[2], [3], [2], [4], [0, 1]]
-    described = Captions.of(IDS, PAIRS)
-    assert [np.flatnonzero(row).tolist() for row in described.relevant] == [[2, 3], [2, 3], [2, 3], [4], [0, 1]]
-    assert (described.written_for == captions.written_for).all()
-
 
 def test_a_perfect_system_is_perfect_only_if_shared_captions_count():
     """20 clips, 4 texts, five clips each: what finds the right text cannot know which copy is meant."""
     text = np.arange(20) % 4
-    captions = Captions.of(
-        [str(i) for i in range(20)],
-        pd.DataFrame({"utterance_id": map(str, range(20)), "caption": [f"text {t}" for t in text]}),
-    )
     same = (text[:, None] == text).astype(float)
-    scorer = CaptionScorer(captions.relevant, text, written_for=captions.written_for)
-    found = scorer.retrieval((np.arange(4)[:, None] == text).astype(float)).values
+    of_text = np.arange(4)[:, None] == text
+    found = CaptionScorer(of_text, text).retrieval(of_text.astype(float)).values
     assert all(found[f"{direction}/{name}"] == 1 for direction in DIRECTIONS for name in METRICS)
     assert (found["t2a/n_queries"], found["t2a/n_candidates"], found["a2t/n_candidates"]) == (20, 20, 4)
     diagonal = CaptionScorer(np.eye(20, dtype=bool), text).retrieval(same).values
     assert diagonal["t2a/r@1"] == pytest.approx(1 / 5)
-
-
-def test_captions_of_unknown_clips_and_clips_of_two_minds_are_named():
-    with pytest.raises(ValueError, match="not there: toy/5"):
-        Captions.of(IDS[:5], PAIRS)
-    with pytest.raises(ValueError, match="two sets of attributes"):
-        Captions.of(IDS, PAIRS.assign(attributes=list("abcdefg")))
 
 
 # Reranking --------------------------------------------------------------------------------------------------
@@ -174,15 +139,18 @@ def test_speakers_are_drawn_where_there_are_five():
 def test_a_replicate_is_the_metric_of_the_queries_drawn():
     """Slowly: every query listed as often as its clips were drawn, then the mean."""
     rng = np.random.default_rng(1)
-    captions = Captions.of(IDS, PAIRS)
-    scorer = CaptionScorer(captions.relevant, list("abcdef"), written_for=captions.written_for)
-    found = scorer.retrieval(rng.random(captions.relevant.shape))
+    written_for = np.zeros((5, 6), dtype=bool)  # one text for clips 0 and 1, two for clip 2, none for clip 5
+    written_for[[0, 0, 1, 2, 3, 4], [0, 1, 2, 2, 3, 4]] = True
+    relevant = written_for.copy()
+    relevant[1:4, 2:4] = True
+    scorer = CaptionScorer(relevant, list("abcdef"), written_for=written_for)
+    found = scorer.retrieval(rng.random(relevant.shape))
     for direction in DIRECTIONS:
         rows = found.queries[found.queries["direction"] == direction].set_index("query")["map@10"]
         for r in range(20):
             listed = []
             for clip, times in enumerate(scorer.weights[r]):
-                asked = [clip] if direction == "a2t" else np.flatnonzero(captions.written_for[:, clip])
+                asked = [clip] if direction == "a2t" else np.flatnonzero(written_for[:, clip])
                 listed += [rows[q] for q in asked if q in rows] * times
             assert found.replicates[f"{direction}/map@10"][r] == pytest.approx(np.mean(listed))
 

@@ -127,7 +127,7 @@ def test_what_is_not_known_is_left_out_with_its_reason(own_corpus: pd.DataFrame)
 
 def test_a_corpus_without_train_clips_needs_thresholds(manifest: pd.DataFrame, written: tuple, kept: Path) -> None:
     test = manifest[manifest["split"] == "test"]
-    with pytest.raises(ValueError, match="pass thresholds"):
+    with pytest.raises(ValueError, match="give a manifest with a train split"):
         attribute_captions(test, cache=kept)
     table = attribute_captions(test, thresholds=written[1], cache=kept)[0]
     all_of_it = written[0]

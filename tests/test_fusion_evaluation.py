@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -22,7 +23,7 @@ from esr_utils import (
 from esr_utils.config import FusionConfig, FusionTrainConfig
 from esr_utils.embedding import frozen_frames, padded_frames
 from esr_utils.fusion import FusionRetriever
-from esr_utils.manifests import load_corpora, to_cuts
+from esr_utils.manifests import load_corpora, read_manifest, to_cuts, write_manifest
 
 ASKED = ("bi-encoder", "masked", "rerank")
 
@@ -218,6 +219,64 @@ def test_a_clip_that_cannot_be_used_is_named(own_corpus, grid, cache):
     model = FusionRetriever.load(grid["CLAP"][0] / "best")
     with pytest.raises(ValueError, match=f"1 clips cannot be used .{clip['utterance_id'].iloc[0]}"):
         fusion_evaluation.clip_frames(model, clip, "recorded", cache)
+
+
+def test_clips_that_cannot_be_heard_are_left_out_for_all_systems_alike(grid, manifest, own_corpus, captioned, cache):
+    test = own_corpus[own_corpus["split"] == "test"]
+    files = [Path(root) / path for root, path in zip(test["root"], test["path"], strict=True)]
+    seconds = dict(zip(files, test["duration_s"], strict=True))
+
+    def silence(file: Path) -> None:
+        soundfile.write(file, np.zeros(round(seconds[file] * 16_000)), 16_000, format="WAV")
+
+    silence(files[0])
+    kept, left_out = fusion_evaluation.usable(grid, own_corpus, "cpu", cache)
+    assert left_out["utterance_id"].tolist() == [test["utterance_id"].iloc[0]] and left_out["reason"].iloc[0]
+    assert len(kept) == len(own_corpus) - 1
+    (one,) = fusion_evaluation.captioned_sets(kept, captioned)
+    rows = fusion_evaluation.evaluate(grid, [one], ("masked",), 4, "cpu", cache)
+    assert len(one.clips) == 17 and {row.found[0].values["a2t/n_queries"] for row in rows} == {17}
+    for file in files[1:]:
+        silence(file)
+    with pytest.raises(ValueError, match="none of the 18 clips can be used"):
+        fusion_evaluation.usable(grid, test, "cpu", cache)
+
+
+def test_a_corpus_without_a_train_split_takes_the_grids_thresholds(grid, captioned, data_root, tmp_path):
+    test = captioned.clips[captioned.clips["split"] == "test"].set_index("utterance_id")
+    csv = data_root / "mini" / "manifest.csv"
+    rows = read_manifest(csv)
+    only = data_root / "mini" / "test_only.csv"
+    write_manifest(rows[rows["split"] == "test"], only)
+    try:
+        with pytest.raises(ValueError, match="give a manifest with a train split"):
+            fusion_systems.clips_of_grid(grid, manifest=str(only))
+        saved = grid["CLAP"][0].parents[1] / "thresholds.json"
+        captioned.thresholds.save(saved)
+        clips, told = fusion_systems.clips_of_grid(grid, manifest=str(only))
+        assert set(clips["split"]) == {"test"}
+        found = told.clips.set_index("utterance_id")
+        assert (found["pitch"] == test.loc[found.index, "pitch"]).all() and (found["pitch"] != "").any()
+        saved.unlink()
+    finally:
+        only.unlink()
+
+
+def test_a_default_grid_that_was_interrupted_is_trained_to_its_end(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(fusion_systems.runs, "RUNS", tmp_path)
+    monkeypatch.setattr(fusion_systems, "train_all", lambda *given, **more: asked.append(given[2]))
+    monkeypatch.setattr(fusion_systems, "load_corpora", lambda corpora: None)
+    monkeypatch.setattr(fusion_systems, "of_manifest", lambda manifest: None)
+    state = tmp_path / "fsclap" / "clap" / "seed0" / "resume.json"
+    for finished, trained in ((None, 1), (False, 2), (True, 2)):
+        if finished is not None:
+            runs.write_json(state, {"finished": finished})
+        try:
+            fusion_systems.load_grid()
+        except weights.WeightsError:
+            assert not finished
+        assert len(asked) == trained
 
 
 def test_the_space_of_each_system(grid, sets, cache):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pandas as pd
 import pytest
 import torch
@@ -343,12 +345,14 @@ def test_a_corpus_without_captions_is_refused(train, captioned):
         train("run", told=nothing, epochs=1)
 
 
-def test_the_whole_speech_backbone_can_be_trained(train, model_config):
+def test_the_whole_speech_backbone_can_be_trained(train, model_config, manifest, tmp_path):
     before = FusionRetriever.build(model_config).speech.state_dict()
     model = train("run", epochs=1, finetune="full", backbone_learning_rate=1e-3)
     after = model.speech.state_dict()
     assert any(not torch.equal(before[name], after[name]) for name in before)
     assert runs.read_json(train.folder / "run" / "best" / "config.json")["speech_backbone_tuned"]
+    kept = frozen_frames(model, to_cuts(manifest.head(2)), "recorded", tmp_path / "none")
+    assert len(kept.frames) == 2 and not (tmp_path / "none").exists()
 
 
 # Systems ----------------------------------------------------------------------------------------------------
@@ -374,11 +378,14 @@ def test_all_systems_are_trained_by_one_function_and_only_once(
     assert list(found) == list(systems) and all((f / "best" / "config.json").is_file() for (f,) in found.values())
     (taught,) = found["RA-CLAP"]
     teacher = fusion_systems.folder_of(tmp_path / "grid", "CLAP", 0)  # not asked for, but needed
-    assert runs.read_json(taught / "config.json")["training"]["teacher"] == str(teacher)
+    named = runs.read_json(taught / "config.json")["training"]["teacher"]
+    assert not Path(named).is_absolute() and (taught / named).resolve() == teacher.resolve()
     model = FusionRetriever.load(found["MGA-CLAP"][0] / "best")
     assert model.fusion.codebook is not None and model.fusion.blocks is None
     monkeypatch.setattr(fusion_training, "fit", None)
     assert fusion_systems.train_all(*given) == found
+    moved = (tmp_path / "grid").rename(tmp_path / "moved")
+    assert list(fusion_systems.train_all(*given[:2], moved, *given[3:])) == list(systems)
 
 
 def test_rows_of_table_three_differ_by_the_named_part_only():
