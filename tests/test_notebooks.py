@@ -1,17 +1,15 @@
-"""Every notebook, headless, in small; and what all notebooks have in common."""
+"""Notebooks 00 to 03, headless, in small; and what all notebooks have in common."""
 
-import json
 import re
 import shutil
 
 import nbformat
 import pandas as pd
 import pytest
-from papermill import execute_notebook
+from notebook_runs import execute
 from papermill.exceptions import PapermillExecutionError
 
-from esr_utils import attributes, evaluation, manifests, runs, text_tables, training
-from esr_utils.config import ABLATIONS, TrainConfig
+from esr_utils import attributes, runs, text_tables
 
 NOTEBOOKS = sorted((runs.PROJECT / "notebooks").glob("*.ipynb"))
 NAMES = [path.stem for path in NOTEBOOKS]
@@ -28,13 +26,6 @@ def trained(folder):
     run = folder / "train"
     execute("03_train", folder, cwd=runs.PROJECT / "notebooks", run=str(run), max_steps=30, epochs=8)
     return run
-
-
-def execute(name, folder, cwd=runs.PROJECT, **parameters):
-    """Runs a notebook and returns the text of all its outputs."""
-    path = runs.PROJECT / "notebooks" / f"{name}.ipynb"
-    done = execute_notebook(path, folder / f"{name}.ipynb", parameters, cwd=str(cwd), progress_bar=False)
-    return json.dumps([cell.get("outputs", []) for cell in done.cells])
 
 
 def test_quickstart_trains_evaluates_plots_searches_and_can_be_heard(folder):
@@ -84,124 +75,6 @@ def test_training_notebook_writes_a_run_that_others_read(trained):
     config = runs.read_json(trained / "config.json")
     assert config["corpora"] == ["demo"] and config["training"]["max_steps"] == 30
     assert [line["stage"] for line in runs.read_metrics(trained)][0] == "classify"
-
-
-@pytest.fixture(scope="module")
-def tiny(folder, manifest, data_root, tiny_config):
-    """Two seeds of a tiny retriever and a baseline on "mini": the notebooks' parameters to evaluate them."""
-    config = TrainConfig().but(epochs=3, classify_epochs=1, align_epochs=1, batch_size=6)
-    for name, changes in (("tiny0", {}), ("tiny1", {"seed": 1}), ("base", {"objective": "classifier"})):
-        training.fit(manifest, folder / name, tiny_config, config.but(**changes))
-    return {"run": str(folder / "tiny0"), "data_root": str(data_root)}
-
-
-def exported(folder, *stems, kinds=("csv", "md", "tex")) -> bool:
-    return all((folder / f"{stem}.{kind}").stat().st_size for stem in stems for kind in kinds)
-
-
-def test_evaluation_notebook_writes_results_where_told_and_compares_runs(tiny, folder):
-    others = f"{folder / 'tiny1'}+{folder / 'base'}"
-    shown = execute("04_evaluate", folder, cwd=folder, **tiny, runs_compared=others, results="my_results.json")
-    results, run = runs.read_json(folder / "my_results.json"), folder / "tiny0"
-    assert "mini/control/loudness/r@10" in results and "mini/classifier/r@1" in results
-    assert (run / "trials_mini.json.gz").is_file()
-    assert exported(run / "figures", "recall", "confusion_mini", kinds=("png", "svg"))
-    assert exported(run / "tables", "headline", "table_two", "table_two_differences", "table_two_paper", "groups")
-    rows = pd.read_csv(run / "tables" / "table_two.csv", index_col="model")
-    assert rows["seeds"].tolist() == ["0, 1", "0"] and list(rows.index)[1].startswith("Baseline: ")
-    model, clips = training.load_run(folder / "tiny1")[0], manifests.load_corpora("mini", tiny["data_root"])
-    other = evaluation.evaluate(model, clips)
-    mean = (results["mini/seen/r@5"] + other.results["mini/seen/r@5"]) / 2
-    assert rows["mini R@5"].iloc[0] == pytest.approx(mean)
-    assert "RoBERTa + emotion2vec (paper)" in shown and "n.s." in shown
-
-
-def test_ablations_notebook_trains_every_variant_and_compares_them(folder, data_root, tiny_text, tiny_whisper):
-    run = folder / "ablations"
-    shown = execute(
-        "05_ablations", folder, corpora="mini", data_root=str(data_root), run=str(run), backbone=tiny_text,
-        speech_backbone=tiny_whisper, max_steps=3,
-    )  # fmt: skip
-    assert {path.name for path in run.iterdir()} - {"tables"} == {runs.slug(variant) for variant in ABLATIONS}
-    assert exported(run / "tables", "table_three", "table_three_differences")
-    rows = pd.read_csv(run / "tables" / "table_three.csv")
-    assert rows["model"].tolist()[: len(ABLATIONS)] == list(ABLATIONS)
-    said = (run / "tables" / "table_three_in_words.md").read_text("utf-8")
-    assert said.count("- mini, ") == len(ABLATIONS) - 1 and "w/o pre-training" in shown
-
-
-def test_duration_notebook_shows_empty_bins(tiny, folder):
-    execute("06_duration_buckets", folder, **tiny, runs_compared=str(folder / "base"))
-    assert exported(folder / "tiny0" / "tables", "duration")
-    assert exported(folder / "tiny0" / "figures", "duration", kinds=("png", "svg"))
-    rows = pd.read_csv(folder / "tiny0" / "tables" / "duration.csv")
-    assert len(rows) == 2 * 5 and rows["clips"].sum() == 2 * 18
-    assert rows.loc[rows["clips"] == 0, "R@1"].isna().all() and rows.loc[rows["clips"] > 0, "R@1"].notna().all()
-
-
-def test_map_notebook_draws_both_maps_with_and_without_the_discriminator(tiny, folder):
-    execute("07_embedding_maps", folder, **tiny)
-    other = runs.read_json(folder / "tiny0-without-modality-discriminator" / "config.json")
-    assert other["training"]["adversarial_weight"] == 0
-    assert exported(folder / "tiny0" / "figures", "joint_tsne", "joint_umap", kinds=("png", "svg"))
-    rows = pd.read_csv(folder / "tiny0" / "tables" / "modality.csv", index_col="space")
-    assert list(rows.index) == ["with discriminator", "without discriminator"]
-    assert rows["linear probe, accuracy"].between(0, 1).all() and (rows["modality gap"] > 0).all()
-
-
-@pytest.fixture(scope="module")
-def fsclap(folder, data_root, tiny_text, tiny_whisper):
-    """A grid as 08 writes it, on "mini" with tiny backbones."""
-    run = folder / "fsclap"
-    shown = execute(
-        "08_fsclap_train", folder, corpora="mini", data_root=str(data_root), run=str(run), backbone=tiny_text,
-        speech_backbone=tiny_whisper, epochs=2, batch_size=8, systems="CLAP+MGA-CLAP+FS-CLAP", seeds=2,
-    )  # fmt: skip
-    return run, shown
-
-
-def test_fsclap_training_notebook_writes_a_run_for_each_system_and_seed(fsclap):
-    run, shown = fsclap
-    assert exported(run / "figures", "training", kinds=("png", "svg")) and "<audio controls" in shown
-    for system in ("clap", "mga-clap", "fs-clap"):
-        assert {path.name for path in (run / system).iterdir()} == {"seed0", "seed1"}
-    assert (run / "captions.csv").stat().st_size and (run / "thresholds.json").stat().st_size
-
-
-def test_fsclap_evaluation_notebook_gives_the_papers_tables_the_map_and_the_leak(fsclap, folder, data_root):
-    run, _ = fsclap
-    shown = execute(
-        "09_fsclap_evaluate", folder, run=str(run), data_root=str(data_root), k=4, noise_steps=5, speech_steps=2,
-        protocol="bi-encoder+masked+rerank+all-pairs",
-    )  # fmt: skip
-    shown_in = run / "test-held_out"
-    assert exported(shown_in / "tables", "table_1", "table_2", "table_3", "differences", "costs", "noise", "leak")
-    assert exported(shown_in / "tables", "limits", "read_rightly", "naive_mini")
-    assert exported(shown_in / "figures", "joint_umap_mini", "leak", "leak_mini", kinds=("png", "svg"))
-    rows = pd.read_csv(shown_in / "tables" / "table_1.csv")
-    fs_clap = rows[rows["system"] == "FS-CLAP"]
-    assert fs_clap["protocol"].tolist() == ["bi-encoder", "masked", "rerank", "all-pairs"]
-    assert "matched" not in rows["protocol"].tolist() and "LEAKY: diagnosis only" in shown
-    assert "systems/embed.py clap-microsoft" in shown
-    results = runs.read_json(run / "fs-clap" / "seed1" / "results.json")
-    assert 0 <= results["mini/rerank/t2a/map@10"] <= 1 and "mini/masked/a2t/r@1_ci95" in results
-
-
-def test_data_construction_notebook_mines_an_episode_and_files_of_ones_own(folder):
-    run = folder / "mined"
-    shown = execute("10_data_construction", folder, cwd=folder, run=str(run))
-    assert "No separator: " in shown and "No emotion model: " in shown
-    assert exported(run / "figures", "timeline", "similarities", kinds=("png", "svg"))
-    corpus = manifests.load_corpora("mined", folder)
-    assert len(corpus) >= 15 and corpus["speaker"].nunique() == 3
-    own = folder / "own files"
-    own.mkdir()
-    shutil.copy(next((folder / "mined-media").glob("*.wav")), own / "a talk.wav")
-    (own / "broken.wav").write_text("no audio")
-    execute("10_data_construction", folder, run=str(folder / "own"), media=str(own), language="en", min_clip_s=2)
-    assert pd.read_csv(folder / "own" / "failures.csv")["file"].tolist() == ["broken.wav"]
-    own = manifests.load_corpora("own", folder)
-    assert set(own["source"]) == {"a talk.wav"} and set(own["language"]) == {"en"} and own["duration_s"].min() >= 2
 
 
 def test_unknown_parameter_stops_the_run_with_the_known_ones(folder):
