@@ -26,6 +26,7 @@ LAYERS = {
         "objective", "checkpoints", "fitting", "training", "evaluation", "comparison", "ablations", "spaces", "index",
         "generation", "mining", "plots", "fusion_objective", "fusion_training", "fusion_systems", "protocols",
         "fusion_evaluation", "fusion_tables", "fusion_limits", "leakage",
+        "fusion_folds",
     ),
 }  # fmt: skip
 LAYER = {module: i for i, modules in enumerate(LAYERS.values()) for module in modules}
