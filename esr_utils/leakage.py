@@ -145,8 +145,10 @@ def _rows(
 ) -> list[dict]:
     found = []
     for protocol in asked:
+        scored = None
         for direction in ("a2t", "t2a"):
-            scored = protocols.score(model, *pairs, protocol, k, direction)
+            if scored is None or protocol == "rerank":  # the others serve both directions
+                scored = protocols.score(model, *pairs, protocol, k, direction)
             by_query, wanted = (scored.matrix, right) if direction == "t2a" else (scored.matrix.T, right.T)
             recall = metrics.retrieval_recall(by_query, wanted, [1])[:, 0]
             interval = binomtest(round(recall.sum()), len(recall)).proportion_ci()
