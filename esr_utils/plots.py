@@ -20,6 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
 
 from esr_utils.batches import load_waveform
 from esr_utils.config import SAMPLE_RATE
@@ -187,7 +188,9 @@ def project_2d(vectors: NDArray, method: str, seed: int = 0) -> NDArray:
         from umap import UMAP  # compiles for seconds, so only where it is used
 
         neighbours = min(15, len(vectors) - 1)
-        return UMAP(metric="cosine", n_neighbors=neighbours, random_state=seed, n_jobs=1).fit_transform(vectors)
+        # numba raises the number of OpenMP threads for good, past OMP_NUM_THREADS; torch was twenty times slower then.
+        with threadpool_limits(limits=1, user_api="openmp"):
+            return UMAP(metric="cosine", n_neighbors=neighbours, random_state=seed, n_jobs=1).fit_transform(vectors)
     raise ValueError(f"method is {method!r}; it must be 'tsne' or 'umap'")
 
 

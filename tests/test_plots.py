@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from esr_utils import plots
 from esr_utils.comparison import DURATION_BINS
@@ -154,3 +155,14 @@ def test_a_file_without_clips_has_its_figures_too():
     none = mined().head(0)
     assert not plots.timeline(none, []).axes[0].collections
     assert plots.similarities(none, 0.65).axes[0].get_title().startswith("0 clips")
+
+
+def test_a_map_leaves_the_number_of_threads_as_it_was():
+    """numba raises it; what torch computes after that was twenty times slower where one thread was asked for."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        plots.project_2d(np.random.default_rng(0).normal(size=(40, 8)), "umap")
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
