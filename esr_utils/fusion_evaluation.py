@@ -86,27 +86,30 @@ def _captions(clips: pd.DataFrame, told: pd.DataFrame, attributes: pd.DataFrame)
     return Captions(texts, right | written_for, written_for)
 
 
-def usable(
-    systems: Mapping[str, Sequence[str | Path]],
-    manifest: pd.DataFrame,
-    device: str = "auto",
-    cache: Path = embedding.CACHE,
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """A manifest without the clips that cannot be heard, for all systems alike.
+def usable(manifest: pd.DataFrame, split: str = "test") -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A manifest without the clips that cannot be heard: by their audio alone, so the same for all systems.
 
-    All systems of a grid have one speech backbone, so the first of them tells; its frames are kept for the scoring.
+    Every clip is decoded and none is kept in memory.
+
+    Args:
+        split: that is scored.
 
     Returns:
         The manifest's other rows; and what is left out: columns utterance_id, reason.
 
     Raises:
-        ValueError: no clip can be used.
+        ValueError: of a corpus's clips of the split, none can be used.
     """
-    model, level, _ = _loaded(next(iter(systems.values()))[0], device)
-    skipped = embedding.frozen_frames(model, batches.pieces(to_cuts(manifest)), level, cache).skipped
-    if len(skipped) == len(manifest):
-        raise ValueError(f"none of the {len(manifest)} clips can be used: {', '.join(skipped['reason'].unique())}")
-    return manifest[~manifest["utterance_id"].isin(skipped["utterance_id"])], skipped
+    skipped = []
+    for cut in tqdm(batches.pieces(to_cuts(manifest)), desc="decode", unit="clip", leave=False):
+        skipped += batches.load_batch([cut], "recorded")["skipped"]
+    left_out = embedding.skipped_table(skipped)
+    for corpus, rows in manifest[manifest["split"] == split].groupby("corpus"):
+        unheard = left_out[left_out["utterance_id"].isin(rows["utterance_id"])]
+        if len(unheard) == len(rows):
+            reasons = "; ".join(unheard["reason"].unique()[:3])
+            raise ValueError(f"none of the {len(rows)} {split} clips of {corpus} can be used: {reasons}")
+    return manifest[~manifest["utterance_id"].isin(left_out["utterance_id"])], left_out
 
 
 @dataclass(frozen=True)

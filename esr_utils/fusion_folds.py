@@ -6,13 +6,13 @@ So the same comparison is made n times, each time on other speakers, and its dif
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from esr_utils import embedding, fusion_systems, intervals, runs
+from esr_utils import embedding, fusion_systems, intervals, provenance, runs
 from esr_utils.captioned import DIRECTIONS, MAP_K, sign_flip_p
 from esr_utils.captions import of_manifest
 from esr_utils.config import FusionConfig, FusionTrainConfig
@@ -75,6 +75,7 @@ def train(
 def compare(
     run: str | Path,
     manifest: pd.DataFrame,
+    left_out: Collection[str] = (),
     grammar: str = "held_out",
     reference: str = "CLAP",
     seed: int = 0,
@@ -87,17 +88,24 @@ def compare(
     over speakers; a system's values are means over its seeds.
 
     Args:
-        manifest: the one that the folds were made of.
+        manifest: the one that the folds were made of, whole.
+        left_out: ids of its clips that cannot be heard (`fusion_evaluation.usable`).
         grammar: seen or held_out, as in `captioned_sets`.
 
     Returns:
         Columns corpus ("all" for all together), system, protocol, direction, speakers, clips, mAP@10, difference, p;
         empty where there are no folds.
+
+    Raises:
+        ValueError: a fold is missing, not finished, or of another manifest.
     """
-    tables = [_of_fold(*one, manifest, grammar, seed, device, cache) for one in _folds(run)]
+    folds = _folds(run, manifest)
+    tables = [_of_fold(folder, rows, left_out, grammar, seed, device, cache) for folder, rows in folds]
     if not tables:
         return pd.DataFrame()
     values = pd.concat(tables, ignore_index=True)
+    if values.groupby(["system", "protocol", "direction"])["utterance_id"].count().nunique() > 1:
+        raise ValueError(f"{run}: a system is not trained in every fold: let notebook 08_fsclap_train finish the folds")
     values["speaker"] = values["corpus"] + "/" + values["speaker"]
     rows = []
     for corpus, part in [*values.groupby("corpus", sort=False), ("all", values)]:
@@ -119,18 +127,32 @@ def compare(
     return pd.DataFrame(rows).fillna("")
 
 
-def _folds(run: str | Path) -> Iterator[tuple[Path, int, int]]:
-    """Folder, k and n of each fold there is."""
-    folders = sorted(runs.run_folder(run).glob("fold*"))
-    return ((folder, k, len(folders)) for k, folder in enumerate(folders))
+def _folds(run: str | Path, manifest: pd.DataFrame) -> list[tuple[Path, pd.DataFrame]]:
+    """Folder and manifest of each fold there is. None may be missing: k of fewer are other speakers, trained on."""
+    folders = {int(folder.name.removeprefix("fold")): folder for folder in runs.run_folder(run).glob("fold*")}
+    folds = [(folders[k], fold(manifest, k, max(len(folders), 2))) for k in sorted(folders)]
+    for folder, rows in folds:
+        trained = {runs.read_json(path)["manifest_sha256"] for path in folder.glob("*/seed*/config.json")}
+        if trained != {provenance.fingerprint(rows)}:
+            raise ValueError(
+                f"{folder} was trained on other speakers than one of {len(folders)} folds of this manifest leaves: "
+                "let notebook 08_fsclap_train finish the folds, or delete them"
+            )
+    return folds
 
 
 def _of_fold(
-    folder: Path, k: int, n: int, manifest: pd.DataFrame, grammar: str, seed: int, device: str, cache: Path
+    folder: Path,
+    rows: pd.DataFrame,
+    left_out: Collection[str],
+    grammar: str,
+    seed: int,
+    device: str,
+    cache: Path,
 ) -> pd.DataFrame:
     """A row for each test clip, system, protocol and direction: the mean average precision of the clip's queries."""
-    rows = fold(manifest, k, n)
-    tests = captioned_sets(rows, of_manifest(rows), "test", grammar, seed)
+    heard = rows[~rows["utterance_id"].isin(left_out)]
+    tests = captioned_sets(heard, of_manifest(rows), "test", grammar, seed)
     found = evaluate(fusion_systems.load_grid(folder), tests, _PROTOCOLS, device=device, cache=cache)
     by_corpus = {test.corpus: test for test in tests}
     return pd.concat([_of_row(row, by_corpus[row.corpus], d) for row in found for d in DIRECTIONS], ignore_index=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -221,25 +220,33 @@ def test_a_clip_that_cannot_be_used_is_named(own_corpus, grid, cache):
         fusion_evaluation.clip_frames(model, clip, "recorded", cache)
 
 
-def test_clips_that_cannot_be_heard_are_left_out_for_all_systems_alike(grid, manifest, own_corpus, captioned, cache):
-    test = own_corpus[own_corpus["split"] == "test"]
-    files = [Path(root) / path for root, path in zip(test["root"], test["path"], strict=True)]
-    seconds = dict(zip(files, test["duration_s"], strict=True))
+def spoil(clip: pd.Series, value: float) -> None:
+    """Puts samples of one value in a clip's place."""
+    samples = np.full(round(clip["duration_s"] * 16_000), value, np.float32)
+    soundfile.write(f"{clip['root']}/{clip['path']}", samples, 16_000, format="WAV", subtype="FLOAT")
 
-    def silence(file: Path) -> None:
-        soundfile.write(file, np.zeros(round(seconds[file] * 16_000)), 16_000, format="WAV")
 
-    silence(files[0])
-    kept, left_out = fusion_evaluation.usable(grid, own_corpus, "cpu", cache)
-    assert left_out["utterance_id"].tolist() == [test["utterance_id"].iloc[0]] and left_out["reason"].iloc[0]
-    assert len(kept) == len(own_corpus) - 1
-    (one,) = fusion_evaluation.captioned_sets(kept, captioned)
+def test_clips_that_cannot_be_heard_are_left_out_for_all_systems_alike(grid, own_corpus, captioned, cache):
+    test, train = (own_corpus[own_corpus["split"] == name] for name in ("test", "train"))
+    for clip, value in ((test.iloc[0], 0), (test.iloc[1], np.nan), (train.iloc[0], 0)):
+        spoil(clip, value)
+    heard, left_out = fusion_evaluation.usable(own_corpus)
+    reasons = left_out.set_index("utterance_id")["reason"]
+    assert set(reasons.index) == {*test["utterance_id"].iloc[:2], train["utterance_id"].iloc[0]}
+    assert reasons[test["utterance_id"].iloc[1]] == "has NaN or infinite samples"
+    pd.testing.assert_frame_equal(heard, own_corpus[~own_corpus["utterance_id"].isin(reasons.index)])
+    (one,) = fusion_evaluation.captioned_sets(heard, captioned)
     rows = fusion_evaluation.evaluate(grid, [one], ("masked",), 4, "cpu", cache)
-    assert len(one.clips) == 17 and {row.found[0].values["a2t/n_queries"] for row in rows} == {17}
-    for file in files[1:]:
-        silence(file)
-    with pytest.raises(ValueError, match="none of the 18 clips can be used"):
-        fusion_evaluation.usable(grid, test, "cpu", cache)
+    assert len(one.clips) == 16 and {row.found[0].values["a2t/n_queries"] for row in rows} == {16}
+
+
+def test_a_corpus_of_which_nothing_can_be_heard_is_named(own_corpus, manifest):
+    for _, clip in own_corpus[own_corpus["split"] == "test"].iterrows():
+        spoil(clip, 0)
+    other = own_corpus.assign(corpus="other", utterance_id="other/" + own_corpus["utterance_id"])
+    with pytest.raises(ValueError, match="none of the 18 test clips of other can be used: silent: below -70 dBFS RMS"):
+        fusion_evaluation.usable(pd.concat([manifest, other]))
+    assert len(fusion_evaluation.usable(own_corpus, "train")[0]) == 15
 
 
 def test_a_corpus_without_a_train_split_takes_the_grids_thresholds(grid, captioned, data_root, tmp_path):

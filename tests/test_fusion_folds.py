@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -34,22 +37,28 @@ def test_too_few_speakers_are_refused(speakers, n):
         fusion_folds.fold(corpus("a", speakers), 0, n)
 
 
-@pytest.mark.usefixtures("read_once")
-def test_differences_over_all_speakers(manifest, tiny_text, tiny_whisper, tmp_path):
+@pytest.fixture(scope="module")
+def folded(manifest, tiny_text, tiny_whisper, read_once, tmp_path_factory) -> Path:
+    """Three folds of "mini", and the frames' cache beside them."""
+    folder = tmp_path_factory.mktemp("folds")
     model = FusionConfig(speech_backbone=tiny_whisper, text_backbone=tiny_text, dim=16, heads=2)
     config = FusionTrainConfig(batch_size=6, max_steps=2)
-    given = (manifest, tmp_path / "run", 3, model, config, (0,), ("CLAP", "FS-CLAP-M"), 2, "cpu", tmp_path)
+    given = (manifest, folder / "run", 3, model, config, (0,), ("CLAP", "FS-CLAP-M"), 2, "cpu", folder)
     shown = fusion_folds.train(*given)
     assert len(shown) == 3 * 2 and shown.index.names[0] == "fold"
-    table = fusion_folds.compare(tmp_path / "run", manifest, "seen", device="cpu", cache=tmp_path)
+    return folder
+
+
+def test_differences_over_all_speakers(manifest, folded):
+    table = fusion_folds.compare(folded / "run", manifest, (), "seen", device="cpu", cache=folded)
     assert set(table["corpus"]) == {"mini", "all"} and set(table["speakers"]) == {6} and set(table["clips"]) == {33}
     one = table[(table["corpus"] == "all") & (table["direction"] == "a2t")].set_index("system")
     values = {}
     for k in range(3):
         rows = fusion_folds.fold(manifest, k, 3)
         (test,) = fusion_evaluation.captioned_sets(rows, captions.of_manifest(rows))
-        grid = fusion_systems.load_grid(tmp_path / "run" / f"fold{k}")
-        for row in fusion_evaluation.evaluate(grid, [test], ("masked",), device="cpu", cache=tmp_path):
+        grid = fusion_systems.load_grid(folded / "run" / f"fold{k}")
+        for row in fusion_evaluation.evaluate(grid, [test], ("masked",), device="cpu", cache=folded):
             values.setdefault(row.system, []).extend(row.found[0].by_clip["a2t/map@10"])
     for system, found in values.items():
         assert one.loc[system, "mAP@10"].value == pytest.approx(np.mean(found))
@@ -57,6 +66,30 @@ def test_differences_over_all_speakers(manifest, tiny_text, tiny_whisper, tmp_pa
     assert difference.value == pytest.approx(np.mean(values["FS-CLAP-M"]) - np.mean(values["CLAP"]))
     assert difference.interval[0] <= difference.value <= difference.interval[1]
     assert 0 < one.loc["FS-CLAP-M", "p"] <= 1 and one.loc["CLAP", "difference"] == ""
+
+
+def test_clips_that_cannot_be_heard_leave_the_folds_as_they_are(manifest, folded):
+    gone = manifest.loc[manifest["speaker"] == manifest["speaker"].iloc[0], "utterance_id"].tolist()
+    table = fusion_folds.compare(folded / "run", manifest, gone, "seen", device="cpu", cache=folded)
+    assert set(table["speakers"]) == {5} and set(table["clips"]) == {33 - len(gone)}
+    with pytest.raises(ValueError, match="was trained on other speakers than one of 3 folds of this manifest leaves"):
+        fusion_folds.compare(folded / "run", manifest[~manifest["utterance_id"].isin(gone)])
+
+
+@pytest.mark.parametrize("kept", [(0,), (0, 2), (0, 1)])
+def test_folds_of_which_one_is_missing_are_refused(manifest, folded, tmp_path, kept):
+    """Two of three folds, taken for all, would be tested on speakers that they were trained on."""
+    for k in kept:
+        shutil.copytree(folded / "run" / f"fold{k}", tmp_path / f"fold{k}")
+    with pytest.raises(ValueError, match="let notebook 08_fsclap_train finish the folds"):
+        fusion_folds.compare(tmp_path, manifest)
+
+
+def test_a_system_that_one_fold_lacks_is_no_row(manifest, folded, tmp_path):
+    shutil.copytree(folded / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "fold1" / "fs-clap-m")
+    with pytest.raises(ValueError, match="a system is not trained in every fold"):
+        fusion_folds.compare(tmp_path / "run", manifest, (), "seen", device="cpu", cache=folded)
 
 
 def test_without_folds_there_is_nothing_to_compare(manifest, tmp_path):
