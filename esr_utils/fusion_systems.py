@@ -8,7 +8,6 @@ FS-CLAP-M is the same model trained for one, `masked`, so that no other loss pul
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +49,7 @@ SYSTEMS = {
     "FS-CLAP-M": System({"fusion": True, "separation": True}, _HARD | {"bi_encoder": False, "matching_weight": 0.0}),
 }
 FUSING = tuple(name for name, system in SYSTEMS.items() if system.model["fusion"])
+THRESHOLDS = "thresholds.json"
 DEFAULT_RUN = "fsclap"  # what 08 writes and 09 reads, unless told otherwise
 TABLE_THREE = ("CLAP", "FU", "SE", "HN", "FU-SE", "FS-CLAP", "FS-CLAP-M")  # the paper's order; the last is ours
 
@@ -69,7 +69,7 @@ def train_all(
     """Trains systems with each seed: system -> its run folders, `<run>/<system>/seed<k>`.
 
     Those that are finished are taken as they are, one that was stopped goes on. A teacher is trained where it is not
-    there, asked for or not.
+    there, asked for or not. `<run>/thresholds.json` keeps what is low and high in captions of measured attributes.
 
     Args:
         model_config, config: what all have in common; its seed is not used.
@@ -85,14 +85,23 @@ def train_all(
         raise ValueError("no seed: at least one must be trained")
     teachers = [SYSTEMS[name].teacher for name in systems if SYSTEMS[name].teacher]
     for name in sorted({*systems, *teachers}, key=list(SYSTEMS).index):
-        system = SYSTEMS[name]
         for seed in seeds:
-            own, folder = system.training | ({"objective": objective} if objective else {}), folder_of(run, name, seed)
-            # Relative, so that a grid can be moved.
-            teacher = os.path.relpath(folder_of(run, system.teacher, seed), folder) if system.teacher else ""
-            settings = config.but(**own, teacher=teacher, seed=seed)
-            _train(manifest, captioned, folder, model_config.but(**system.model), settings, device, cache)
+            settings = _settings(name, seed, model_config, config, objective)
+            _train(manifest, captioned, folder_of(run, name, seed), *settings, device, cache)
+    if captioned.thresholds:
+        captioned.thresholds.save(runs.run_folder(run) / THRESHOLDS)
     return {name: [folder_of(run, name, seed) for seed in seeds] for name in systems}
+
+
+def _settings(
+    name: str, seed: int, model_config: FusionConfig, config: FusionTrainConfig, objective: str = ""
+) -> tuple[FusionConfig, FusionTrainConfig]:
+    """Those of a system among common ones."""
+    system = SYSTEMS[name]
+    own = system.training | ({"objective": objective} if objective else {})
+    # From the run's folder, so that a grid can be moved.
+    teacher = f"../../{runs.slug(system.teacher)}/seed{seed}" if system.teacher else ""
+    return model_config.but(**system.model), config.but(**own, teacher=teacher, seed=seed)
 
 
 def load_grid(
@@ -109,8 +118,7 @@ def load_grid(
     Raises:
         weights.WeightsError: none is there, or one that is asked for is not.
     """
-    begun = [path.parent for path in runs.run_folder(run).glob("*/seed*/resume.json")]
-    if str(run) == DEFAULT_RUN and (not begun or not all(map(checkpoints.finished, begun))):
+    if str(run) == DEFAULT_RUN and _is_unfinished_default(runs.run_folder(run)):
         manifest = load_corpora("demo")
         train_all(manifest, of_manifest(manifest), run, FusionConfig(), FusionTrainConfig(), device=device)
     folders = {name: sorted((runs.run_folder(run) / runs.slug(name)).glob("seed*")) for name in SYSTEMS}
@@ -123,23 +131,52 @@ def load_grid(
     return {name: found[name] for name in systems or found}
 
 
+def _is_unfinished_default(folder: Path) -> bool:
+    """Whether a folder holds no run, or a grid of default settings that was interrupted."""
+    begun = [path.parent for path in folder.glob("*/seed*/config.json")]
+    return all(map(_is_default, begun)) and not (begun and all(map(checkpoints.finished, begun)))
+
+
+def _is_default(folder: Path) -> bool:
+    """Whether the run in a folder is one of the default grid's, at any seed."""
+    there = runs.read_json(folder / "config.json")
+    found = FusionConfig.from_dict(there["model"]), FusionTrainConfig.from_dict(there["training"])
+    given = found[1].seed, FusionConfig(), FusionTrainConfig()
+    names = [name for name in SYSTEMS if runs.slug(name) == folder.parent.name]
+    return there["corpora"] == ["demo"] and found in [_settings(name, *given) for name in names]
+
+
 def clips_of_grid(
     grid: dict[str, list[Path]], corpora: str = "", manifest: str = "", data_root: str = ""
 ) -> tuple[pd.DataFrame, Captioned]:
     """The manifest that a grid was trained on, or another (`provenance.clips_of_run`), and its captions.
 
-    Where another has no train split, what is low and high is told by the grid's own thresholds.
+    Where another has corpora without a train split, what is low and high is told by the grid's own thresholds.
 
     Raises:
-        ValueError: captions in a language that the grid's text backbone does not know.
+        ValueError: those know nothing of a corpus; or captions in a language that the grid's text backbone does not
+            know.
     """
-    settings = runs.read_json(next(iter(grid.values()))[0] / "config.json")
+    folder = next(iter(grid.values()))[0]
+    settings = runs.read_json(folder / "config.json")
     clips = provenance.clips_of_run(settings, corpora, manifest, data_root)
-    saved = next(iter(grid.values()))[0].parents[1] / "thresholds.json"
-    fitted_here = (clips["split"] == "train").any() or not saved.is_file()
-    captioned = of_manifest(clips, thresholds=None if fitted_here else Thresholds.load(saved))
+    captioned = of_manifest(clips, thresholds=_thresholds(clips, folder.parents[1] / THRESHOLDS))
     check_language(captioned.table, settings["model"]["text_backbone"])
     return clips, captioned
+
+
+def _thresholds(clips: pd.DataFrame, saved: Path) -> Thresholds | None:
+    """The grid's own, where a corpus that needs some has no train split to fit them on; else None."""
+    measured = set(clips["corpus"]) - set(clips.loc[clips["caption"] != "", "corpus"])
+    if not (testing := measured - set(clips.loc[clips["split"] == "train", "corpus"])):
+        return None
+    known = Thresholds.load(saved) if saved.is_file() else Thresholds({}, {})
+    if unknown := measured - set(known.tertiles):
+        raise ValueError(
+            f"{', '.join(sorted(testing))}: no train clips to tell low from high by, and the grid has no thresholds of "
+            f"{', '.join(sorted(unknown))} ({saved}): give a manifest with a train split"
+        )
+    return known
 
 
 def summary(trained: dict[str, list[Path]]) -> pd.DataFrame:

@@ -11,6 +11,7 @@ import soundfile
 import torch
 
 from esr_utils import (
+    attributes,
     captions,
     embeddings_file,
     fusion_evaluation,
@@ -249,41 +250,77 @@ def test_a_corpus_of_which_nothing_can_be_heard_is_named(own_corpus, manifest):
     assert len(fusion_evaluation.usable(own_corpus, "train")[0]) == 15
 
 
-def test_a_corpus_without_a_train_split_takes_the_grids_thresholds(grid, captioned, data_root, tmp_path):
-    test = captioned.clips[captioned.clips["split"] == "test"].set_index("utterance_id")
-    csv = data_root / "mini" / "manifest.csv"
-    rows = read_manifest(csv)
-    only = data_root / "mini" / "test_only.csv"
+def test_a_corpus_without_a_train_split_takes_the_grids_thresholds(grid, captioned, own_corpus, tmp_path):
+    saved = grid["CLAP"][0].parents[1] / "thresholds.json"  # written by the training
+    assert attributes.Thresholds.load(saved) == captioned.thresholds
+    only = tmp_path / "mini" / "test_only.csv"
+    rows = read_manifest(tmp_path / "mini" / "manifest.csv")
     write_manifest(rows[rows["split"] == "test"], only)
-    try:
-        with pytest.raises(ValueError, match="give a manifest with a train split"):
-            fusion_systems.clips_of_grid(grid, manifest=str(only))
-        saved = grid["CLAP"][0].parents[1] / "thresholds.json"
-        captioned.thresholds.save(saved)
-        clips, told = fusion_systems.clips_of_grid(grid, manifest=str(only))
-        assert set(clips["split"]) == {"test"}
-        found = told.clips.set_index("utterance_id")
-        assert (found["pitch"] == test.loc[found.index, "pitch"]).all() and (found["pitch"] != "").any()
-        saved.unlink()
-    finally:
-        only.unlink()
+    clips, told = fusion_systems.clips_of_grid(grid, manifest=str(only))
+    assert set(clips["split"]) == {"test"}
+    found = told.clips.set_index("utterance_id")
+    expected = captioned.clips[captioned.clips["split"] == "test"].set_index("utterance_id").loc[found.index]
+    assert (found["pitch"] == expected["pitch"]).all() and (found["pitch"] != "").any()
 
 
-def test_a_default_grid_that_was_interrupted_is_trained_to_its_end(tmp_path, monkeypatch):
-    asked = []
+def test_a_corpus_that_no_thresholds_are_of_is_refused(grid, own_corpus, tmp_path):
+    rows = read_manifest(tmp_path / "mini" / "manifest.csv")
+    other = rows.assign(corpus="other", utterance_id="other/" + rows["utterance_id"].str.removeprefix("mini/"))
+    for name, unknown in (("test only", other[other["split"] == "test"]), ("beside another", rows)):
+        csv = tmp_path / "mini" / f"{name}.csv"
+        write_manifest(pd.concat([unknown, other[other["split"] == "test"]]).drop_duplicates(), csv)
+        with pytest.raises(
+            ValueError, match=r"^other: no train clips .* no thresholds of other .*: give a manifest with"
+        ):
+            fusion_systems.clips_of_grid(grid, manifest=str(csv))
+    told = tmp_path / "mini" / "told.csv"
+    write_manifest(other[other["split"] == "test"].assign(caption="A voice."), told)
+    assert fusion_systems.clips_of_grid(grid, manifest=str(told))[1].thresholds is None  # its captions are its own
+
+
+@pytest.fixture
+def default_run(tmp_path, monkeypatch):
+    """Writes runs of the default grid's folder; `asked` has the trainings that `load_grid` starts."""
     monkeypatch.setattr(fusion_systems.runs, "RUNS", tmp_path)
-    monkeypatch.setattr(fusion_systems, "train_all", lambda *given, **more: asked.append(given[2]))
     monkeypatch.setattr(fusion_systems, "load_corpora", lambda corpora: None)
     monkeypatch.setattr(fusion_systems, "of_manifest", lambda manifest: None)
-    state = tmp_path / "fsclap" / "clap" / "seed0" / "resume.json"
-    for finished, trained in ((None, 1), (False, 2), (True, 2)):
+
+    def write(system: str, finished: bool | None = None, corpora: str = "demo", seed: int = 0, **changes) -> None:
+        folder = fusion_systems.folder_of("fsclap", system, seed)
+        model, config = fusion_systems._settings(system, seed, FusionConfig(), FusionTrainConfig(**changes))
+        about = {"corpora": [corpora], "model": model.to_dict(), "training": config.to_dict()}
+        runs.write_json(folder / "config.json", about)
         if finished is not None:
-            runs.write_json(state, {"finished": finished})
-        try:
-            fusion_systems.load_grid()
-        except weights.WeightsError:
-            assert not finished
-        assert len(asked) == trained
+            runs.write_json(folder / "resume.json", {"finished": finished})
+
+    write.asked = []
+    monkeypatch.setattr(fusion_systems, "train_all", lambda *given, **more: write.asked.append(given[2]))
+    return write
+
+
+def loaded() -> list[str]:
+    try:
+        return list(fusion_systems.load_grid())
+    except weights.WeightsError:
+        return []
+
+
+def test_a_default_grid_that_was_interrupted_is_trained_to_its_end(default_run):
+    assert loaded() == [] and len(default_run.asked) == 1  # nothing there
+    default_run("CLAP")
+    assert loaded() == [] and len(default_run.asked) == 2  # in the first epoch
+    default_run("CLAP", True)
+    default_run("RA-CLAP", False, seed=1)
+    assert loaded() == ["CLAP"] and len(default_run.asked) == 3
+    default_run("RA-CLAP", True, seed=1)
+    assert loaded() == ["CLAP", "RA-CLAP"] and len(default_run.asked) == 3
+
+
+@pytest.mark.parametrize("other", [{"corpora": "ravdess"}, {"epochs": 3}, {"batch_size": 8}])
+def test_a_grid_of_other_settings_in_the_default_folder_is_left_alone(default_run, other):
+    default_run("FS-CLAP", True, **other)
+    default_run("FS-CLAP-M", False, **other)
+    assert loaded() == ["FS-CLAP"] and not default_run.asked
 
 
 def test_the_space_of_each_system(grid, sets, cache):
