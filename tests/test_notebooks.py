@@ -1,15 +1,13 @@
-"""Notebooks 00 to 03, headless, in small; and what all notebooks have in common."""
+"""Notebooks 00, 02 and 03, headless, in small; and what all notebooks have in common."""
 
 import re
-import shutil
 
 import nbformat
-import pandas as pd
 import pytest
 from notebook_runs import execute
 from papermill.exceptions import PapermillExecutionError
 
-from esr_utils import attributes, runs, text_tables
+from esr_utils import runs
 
 NOTEBOOKS = sorted((runs.PROJECT / "notebooks").glob("*.ipynb"))
 NAMES = [path.stem for path in NOTEBOOKS]
@@ -38,31 +36,6 @@ def test_quickstart_trains_evaluates_plots_searches_and_can_be_heard(folder):
     figures = {path.name for path in (run / "figures").iterdir()}
     assert figures == {f"{name}.{kind}" for name in ("training", "recall", "joint_space") for kind in ("png", "svg")}
     assert shown.count("<audio controls") == 3 * 6  # five sentences and one example, three players each
-
-
-def test_data_notebook_shows_every_style_and_corpus(folder):
-    shown = execute("01_data_prep", folder, run=str(folder / "data"))
-    assert (folder / "data" / "table_one.csv").is_file()
-    assert shown.count("<audio controls") == 22 + 6  # one a style, and three captions of each grammar
-    table = text_tables.read_table(folder / "data" / "captions.csv")
-    assert len(table) > 3500 and set(table["grammar"]) == {"seen", "held_out"}
-    assert set(attributes.Thresholds.load(folder / "data" / "thresholds.json").tertiles) == {"demo"}
-    assert all(corpus in shown for corpus in ("RAVDESS", "EmoDB", "nEMO"))
-
-
-def test_data_notebook_describes_a_captioned_corpus(folder, data_root):
-    root = folder / "captioned"
-    shutil.copytree(data_root / "mini", root / "promptspeech")
-    clips = pd.read_csv(root / "promptspeech" / "manifest.csv")
-    (root / "promptspeech" / "manifest.csv").unlink()
-    pd.DataFrame({"wav_fp": clips["path"], "style_prompt": "A " + clips["style"] + " voice", "volume": "low"}).to_csv(
-        root / "promptspeech" / "all.csv", index=False
-    )
-    (root / "mini").symlink_to(data_root / "mini")
-    options = {"corpora": "promptspeech", "captions_of": "mini", "data_root": str(root), "run": str(folder / "told")}
-    shown = execute("01_data_prep", folder, **options)
-    assert "A whispered voice" in shown and shown.count("<audio controls") == 1 + 6
-    assert len(pd.read_csv(root / "promptspeech" / "manifest.csv")) == 33
 
 
 def test_prompt_notebook_finds_no_clash_and_writes_the_map(folder):

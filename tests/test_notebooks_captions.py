@@ -1,4 +1,4 @@
-"""Notebooks 08 to 10, headless, in small."""
+"""Notebooks 01 and 08 to 10, headless, in small: corpora and their captions."""
 
 import shutil
 
@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from notebook_runs import execute, exported
 
-from esr_utils import manifests, runs
+from esr_utils import attributes, manifests, runs, text_tables
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +23,31 @@ def fsclap(folder, data_root, tiny_text, tiny_whisper):
         speech_backbone=tiny_whisper, epochs=2, batch_size=8, systems="CLAP+MGA-CLAP+FS-CLAP", seeds=2,
     )  # fmt: skip
     return run, shown
+
+
+def test_data_notebook_shows_every_style_and_corpus(folder):
+    shown = execute("01_data_prep", folder, run=str(folder / "data"))
+    assert (folder / "data" / "table_one.csv").is_file()
+    assert shown.count("<audio controls") == 22 + 6  # one a style, and three captions of each grammar
+    table = text_tables.read_table(folder / "data" / "captions.csv")
+    assert len(table) > 3500 and set(table["grammar"]) == {"seen", "held_out"}
+    assert set(attributes.Thresholds.load(folder / "data" / "thresholds.json").tertiles) == {"demo"}
+    assert all(corpus in shown for corpus in ("RAVDESS", "EmoDB", "nEMO"))
+
+
+def test_data_notebook_describes_a_captioned_corpus(folder, data_root):
+    root = folder / "captioned"
+    shutil.copytree(data_root / "mini", root / "promptspeech")
+    clips = pd.read_csv(root / "promptspeech" / "manifest.csv")
+    (root / "promptspeech" / "manifest.csv").unlink()
+    pd.DataFrame({"wav_fp": clips["path"], "style_prompt": "A " + clips["style"] + " voice", "volume": "low"}).to_csv(
+        root / "promptspeech" / "all.csv", index=False
+    )
+    (root / "mini").symlink_to(data_root / "mini")
+    options = {"corpora": "promptspeech", "captions_of": "mini", "data_root": str(root), "run": str(folder / "told")}
+    shown = execute("01_data_prep", folder, **options)
+    assert "A whispered voice" in shown and shown.count("<audio controls") == 1 + 6
+    assert len(pd.read_csv(root / "promptspeech" / "manifest.csv")) == 33
 
 
 def test_fsclap_training_notebook_writes_a_run_for_each_system_and_seed(fsclap):
