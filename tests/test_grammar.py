@@ -70,13 +70,13 @@ def test_by_hand() -> None:
     )
     assert seen.fill(seen.templates[0], {"tempo": "low"}, first) == "A person talks slowly."
     assert seen.fill(seen.templates[7], {"gender": "male", "energy": "low", "tempo": "high"}, first) == (
-        "Fast speech from a man, quiet."
+        "Fast speech from a man whose voice is quiet."
     )
     assert seen.fill(seen.templates[3], {"style": "angry", "pitch": "low"}, First(3)) == (
-        "The speech of a speaker is harsh and hostile, and deep."
+        "Listen for a speaker's voice that is harsh and hostile, and deep."
     )
     assert held_out.fill(held_out.templates[3], FULL, first) == (
-        "Someone asks for mad, bass utterances of a lady, delivered powerfully and at a steady tempo."
+        "Look for mad, bass utterances by a lady, delivered powerfully and at a steady tempo."
     )
 
 
