@@ -397,6 +397,9 @@ def test_rows_of_table_three_differ_by_the_named_part_only():
         assert (model.fusion, model.separation) == ("FU" in parts, "SE" in parts)
         assert (training.objective == "hard-negative") == ("HN" in parts)
         assert model.but(fusion=True, separation=True) == full_model
+    alone, unpooled = base["FS-CLAP-M"], base["FS-CLAP-M unpooled"]
+    assert alone[0] == full_model and unpooled == (alone[0].but(frames_per_token=1), alone[1])
+    assert set(fusion_systems.DEFAULT_SYSTEMS) == set(base) - {"FS-CLAP-M unpooled"}
 
 
 SYSTEMS = fusion_systems.SYSTEMS.items()
