@@ -1,0 +1,126 @@
+"""A folder of recordings: which files it holds, and names for them that can be written anywhere and turned back.
+
+A file name on disk is any bytes but "/" and NUL, while a table, JSON or a database takes only UTF-8: a `file_key` is
+the path below the folder with "/" between its parts, where bytes that are no UTF-8, and "%" itself, are written %XX.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pandas as pd
+
+PLAIN = (".wav", ".flac", ".ogg", ".opus", ".mp3")  # read without ffmpeg
+AUDIO = (*PLAIN, ".oga", ".m4a", ".m4b", ".aac", ".wma", ".aiff", ".aif", ".caf", ".w64", ".amr", ".ac3", ".mka")
+VIDEO = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".flv", ".ts", ".m4v", ".wmv", ".mpg", ".mpeg", ".3gp")
+
+
+class NoAudio(ValueError):
+    """A folder without recordings; the message says what was looked for."""
+
+
+def find_audio(folder: str | Path) -> tuple[list[Path], pd.DataFrame]:
+    """Audio and video files below a folder, by the ending of their names, or one file of any name.
+
+    Hidden files and folders (names that begin with ".") are passed over. Links are not followed to folders: one within
+    the folder is found under its own name, and so a loop of links has no end to look for. A link to a file is listed,
+    unless that file is already under its own name or another link. What leads outside of the folder is left out: a
+    stray link would otherwise bring in a whole disk. Name the place it leads to instead.
+
+    Returns:
+        Absolute paths in order, each file once; and what was left out: columns `file` (its key) and `reason`.
+    Raises:
+        NoAudio: there is no such folder, or nothing to be used in it.
+    """
+    root = _absolute(folder)
+    if root.is_file():
+        return [root], pd.DataFrame(columns=["file", "reason"])
+    if not root.is_dir():
+        raise NoAudio(f"{printable(folder)} is no file and no folder: give a recording, or a folder of them")
+    files, links, left_out = _walk(root)
+    seen = set(files)  # a file that is no link, in a folder reached through none, is where its path says
+    for link in sorted(links):
+        if (target := Path(os.path.realpath(link))) in seen:
+            continue
+        if reason := _unusable(target, root):
+            left_out[link] = reason
+        elif target.is_file():
+            seen.add(target)
+            files.append(link)
+    reasons = {file_key(path, root): left_out[path] for path in sorted(left_out)}
+    if not files:
+        said = "".join(f"; {key}: {reason}" for key, reason in list(reasons.items())[:3])
+        raise NoAudio(f"{printable(folder)} holds no audio; known are {', '.join((*AUDIO, *VIDEO))}{said}")
+    return sorted(files), pd.DataFrame(reasons.items(), columns=["file", "reason"])
+
+
+def _walk(root: Path) -> tuple[list[Path], list[Path], dict[Path, str]]:
+    """Files, links to look into, and reasons for what cannot be read."""
+    files, links, left_out, waiting = [], [], {}, [root]
+    suffixes = {*AUDIO, *VIDEO}
+    while waiting:
+        folder = waiting.pop()
+        try:
+            with os.scandir(folder) as entries:
+                shown = [entry for entry in entries if not entry.name.startswith(".")]
+        except OSError as error:
+            left_out[folder] = f"cannot be opened: {error.strerror}"
+            continue
+        for entry in shown:
+            path = folder / entry.name
+            if entry.is_dir(follow_symlinks=False):
+                waiting.append(path)
+            elif entry.is_symlink() and (path.suffix.lower() in suffixes or entry.is_dir()):
+                links.append(path)
+            elif path.suffix.lower() in suffixes and entry.is_file(follow_symlinks=False):
+                files.append(path)
+            elif path.suffix.lower() in suffixes:
+                left_out[path] = "is no file"  # a pipe, a device: to open it may take for ever
+    return files, links, left_out
+
+
+def _unusable(target: Path, root: Path) -> str:
+    if not target.is_relative_to(root):
+        return "is a link that leads outside of the folder"
+    if target.is_dir() or target.is_file():
+        return ""
+    return "is a link that leads nowhere"
+
+
+def file_key(path: str | Path, root: str | Path) -> str:
+    """The name of a file of `find_audio` in a table: the same wherever the folder is, and valid UTF-8.
+
+    Args:
+        root: the folder that was given to `find_audio`.
+    Raises:
+        ValueError: the file is not below it.
+    """
+    inside = Path(path).relative_to(_absolute(root))
+    name = os.fsencode(inside.as_posix()).decode("utf-8", "surrogateescape")
+    return re.sub("[%\udc80-\udcff]", lambda found: f"%{ord(found[0]) & 0xFF:02X}", name)
+
+
+def path_of(key: str, root: str | Path) -> Path:
+    """The file that a `file_key` stands for, whether it is there or not.
+
+    Raises:
+        ValueError: no file below `root` has this key, such as one that is absolute or has "..".
+    """
+    root = _absolute(root)
+    name = re.sub(rb"%([0-9A-F]{2})", lambda found: bytes.fromhex(found[1].decode()), key.encode("utf-8"))
+    path = root / os.fsdecode(name)
+    if "\0" in key or ".." in path.parts or not path.is_relative_to(root) or file_key(path, root) != key:
+        raise ValueError(f"{key!r} is the name of no file below {printable(root)}")
+    return path
+
+
+def printable(path: str | Path) -> str:
+    """A path for people to read on one line: what cannot be printed or encoded is replaced."""
+    name = os.fsencode(path).decode("utf-8", "replace")
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in name)
+
+
+def _absolute(root: str | Path) -> Path:
+    return Path(root).expanduser().resolve()
