@@ -14,14 +14,14 @@ ROOT = Path(esr_utils.__file__).parent
 LAYERS = {
     "leaves": (
         "config", "runs", "weights", "styles", "wording", "prompts", "grammar", "metrics", "intervals", "losses",
-        "audio_files", "manifest_schema", "text_tables", "modality", "tables", "paper", "processes", "matching",
+        "audio_files", "audio_folder", "decoding", "manifest_schema", "text_tables", "modality", "tables", "paper", "processes", "matching",
         "codebook",
     ),
     "data": (
         "manifests", "corpora", "provenance", "batches", "acoustics", "attributes", "captions", "trials", "scoring",
         "captioned", "controls", "embeddings_file",
     ),
-    "models": ("speech", "text", "chat", "retriever", "fusion", "embedding"),
+    "models": ("speech", "text", "chat", "retriever", "fusion", "embedding", "vad", "moments"),
     "top": (
         "objective", "checkpoints", "fitting", "training", "evaluation", "comparison", "ablations", "spaces", "index",
         "generation", "mining", "plots", "fusion_objective", "fusion_training", "fusion_systems", "protocols",

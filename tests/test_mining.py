@@ -23,10 +23,10 @@ from safetensors.numpy import load_file
 
 from esr_utils import manifests, runs, weights
 from esr_utils.config import ConfigError, MiningConfig
+from esr_utils.decoding import read_range
 from esr_utils.manifests import load_corpora, to_cuts
 from esr_utils.mining import MiningError, episode, mine, pipeline, segments, speakers, voices
 from esr_utils.mining.funasr_models import funasr_model
-from esr_utils.mining.media import read_range
 from esr_utils.prompts import PromptBank
 
 SHARED = Path(os.environ.get("ESR_DATA") or runs.PROJECT.parent / "shared" / "data")
@@ -109,19 +109,6 @@ def test_nothing_is_said(short, tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_thread_count_is_left_alone(monkeypatch):
-    """The first import of silero-vad sets it to 1."""
-    for name in [name for name in sys.modules if name.split(".")[0] == "silero_vad"]:
-        monkeypatch.delitem(sys.modules, name)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(threads + 1)
-    try:
-        with segments.silero_vad():
-            assert torch.get_num_threads() == threads + 1
-    finally:
-        torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize(("keep", "kept"), [(True, 1), (False, 0)])
 def test_one_speaker_with_one_clip(manifest, tmp_path, keep, kept):
     episode.build_episode(manifest.head(1), tmp_path / "one.wav")
@@ -153,8 +140,8 @@ def test_what_is_shorter_than_wanted_is_left_out_with_the_reason(again):
 
 def test_what_is_done_is_not_done_again(again, mined, monkeypatch):
     media, run = again
-    monkeypatch.setattr(segments, "silero_vad", None)  # no model is even opened
-    monkeypatch.setattr(voices, "resemblyzer", None)
+    monkeypatch.setattr(segments, "silero_segments", None)
+    monkeypatch.setattr(voices, "resemblyzer", None)  # no model is even opened
     found = mine(media, run, language="en", licence="Apache-2.0")
     assert set(worked_on(found).values()) == {0} and set(found.stages["done before"]) == {3}
     same(found, mined)
@@ -307,11 +294,10 @@ def test_silero_in_blocks_is_silero_at_once(media):
     import silero_vad
 
     path = media / "episode 0.wav"
-    with segments.silero_vad() as vad:
-        found = vad.segments(path, max_s=15)
-        wave = torch.from_numpy(soundfile.read(path, dtype="float32")[0])
-        options = {"max_speech_duration_s": 15, "min_silence_duration_ms": 200, "speech_pad_ms": 50}
-        expected = silero_vad.get_speech_timestamps(wave, vad.model, **options)
+    found = segments.silero_segments(path, max_s=15)
+    wave = torch.from_numpy(soundfile.read(path, dtype="float32")[0])
+    options = {"max_speech_duration_s": 15, "min_silence_duration_ms": 200, "speech_pad_ms": 50}
+    expected = silero_vad.get_speech_timestamps(wave, silero_vad.load_silero_vad(), **options)
     assert [(part.start_s, part.end_s) for part in found] == [
         (p["start"] / 16_000, p["end"] / 16_000) for p in expected
     ]

@@ -1,13 +1,12 @@
 """Video and audio files: which there are, and their sound as FLAC at 44.1 kHz.
 
 libsndfile reads wav, flac, ogg, opus and mp3; everything else goes through ffmpeg. Sound is read, resampled and written
-a minute at a time, so that an hour needs no more memory than a minute.
+in blocks, so that an hour needs no more memory than a minute.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import re
 import shutil
@@ -23,13 +22,11 @@ import soxr
 from numpy.typing import NDArray
 
 from esr_utils.audio_files import AudioError
+from esr_utils.audio_folder import AUDIO, PLAIN, VIDEO, printable
+from esr_utils.decoding import NoFfmpegError, find_ffmpeg, read_blocks, sndfile_name
 from esr_utils.runs import atomic_path
 
 SOUND_RATE = 44_100  # Hz; what the separator is trained on
-BLOCK_S = 60  # seconds read at a time
-PLAIN = (".wav", ".flac", ".ogg", ".opus", ".mp3")  # read without ffmpeg
-AUDIO = (*PLAIN, ".m4a", ".aac", ".wma", ".aiff")
-VIDEO = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".flv", ".ts", ".m4v", ".wmv", ".mpg", ".mpeg", ".3gp")
 
 
 class MiningError(RuntimeError):
@@ -84,8 +81,9 @@ def _source(path: Path, root: Path) -> Source:
     """A name may hold anything but "/" and NUL, so the id is what is plain in it, and a hash of the whole."""
     inside = os.fsencode(path.relative_to(root))
     plain = re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-")[:40].strip("-")
-    name = "".join(letter if letter.isprintable() else "\ufffd" for letter in inside.decode("utf-8", "replace"))
-    return Source(f"{plain or 'file'}-{hashlib.sha256(inside).hexdigest()[:8]}", path, name)
+    return Source(
+        f"{plain or 'file'}-{hashlib.sha256(inside).hexdigest()[:8]}", path, printable(path.relative_to(root))
+    )
 
 
 def extract_sound(source: Path, target: Path) -> None:
@@ -96,7 +94,7 @@ def extract_sound(source: Path, target: Path) -> None:
         MiningError: it needs ffmpeg, which is not there.
     """
     try:
-        info = soundfile.info(_name(source))
+        info = soundfile.info(sndfile_name(source))
     except (soundfile.LibsndfileError, OSError) as error:
         _by_ffmpeg(source, target, getattr(error, "error_string", str(error)))
     else:
@@ -112,10 +110,10 @@ def _by_ffmpeg(source: Path, target: Path, complaint: str) -> None:
     """Args: complaint: libsndfile's, for a file of a kind that it should read where there is no ffmpeg to try."""
     try:
         program = find_ffmpeg()
-    except MiningError:
+    except NoFfmpegError as error:
         if source.suffix.lower() in PLAIN:
             raise AudioError(f"is not readable as audio: {complaint}") from None
-        raise
+        raise MiningError(str(error)) from None
     command = [program, "-nostdin", "-v", "error", "-y", "-i", f"file:{source}"]
     with atomic_path(target) as temporary:
         command += ["-map", "0:a:0", "-vn", "-ac", "2", "-ar", str(SOUND_RATE), "-sample_fmt", "s16"]
@@ -128,55 +126,6 @@ def _complaint(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
     said = done.stderr.decode("utf-8", "replace").strip().splitlines()
     return (said[-1] if said else f"exit code {done.returncode}") if done.returncode else ""
-
-
-def find_ffmpeg() -> str:
-    """ffmpeg of the system, else that of the package imageio-ffmpeg.
-
-    Raises:
-        MiningError: there is none.
-    """
-    if found := shutil.which("ffmpeg"):
-        return found
-    if importlib.util.find_spec("imageio_ffmpeg"):
-        import imageio_ffmpeg
-
-        return imageio_ffmpeg.get_ffmpeg_exe()
-    raise MiningError(
-        "needs ffmpeg, which is not there: install it (apt install ffmpeg, brew install ffmpeg, or pip install "
-        "imageio-ffmpeg); wav, flac, ogg, opus and mp3 files are read without it"
-    )
-
-
-def read_blocks(path: Path, first: int = 0, last: int | None = None) -> Iterator[NDArray[np.float32]]:
-    """(S, C) samples of a file, or of its range, a minute at a time.
-
-    Raises:
-        AudioError: it does not decode, or holds NaN.
-    """
-    try:
-        with soundfile.SoundFile(_name(path)) as file:
-            file.seek(first)
-            left = (file.frames if last is None else min(last, file.frames)) - first
-            while left > 0 and len(block := file.read(min(left, BLOCK_S * file.samplerate), "float32", always_2d=True)):
-                if not np.isfinite(block).all():
-                    raise AudioError("holds samples that are not numbers (NaN or infinite)")
-                left -= len(block)
-                yield block
-    except soundfile.LibsndfileError as error:
-        raise AudioError(f"does not decode: {error.error_string}") from None
-
-
-def _name(path: Path) -> str | bytes:
-    """As soundfile takes it: a name that is no Unicode only as bytes."""
-    return os.fsencode(path) if os.name == "posix" else str(path)
-
-
-def read_range(path: Path, start_s: float, end_s: float) -> NDArray[np.float32]:
-    """(S,) samples of a mono file from one second to another."""
-    rate = soundfile.info(path).samplerate
-    blocks = list(read_blocks(path, round(start_s * rate), round(end_s * rate)))
-    return np.concatenate(blocks)[:, 0] if blocks else np.zeros(0, np.float32)
 
 
 def write_sound(

@@ -6,27 +6,21 @@ then Paraformer-large for the words and their times, then CT-Transformer for the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
-import soundfile
-import torch
 
-from esr_utils import weights
+from esr_utils.decoding import read_blocks, read_range
 from esr_utils.mining.funasr_models import FunasrModel
-from esr_utils.mining.media import read_blocks, read_range
 from esr_utils.mining.separation import MODEL_RATE
+from esr_utils.vad import MIN_SILENCE_S, MIN_SPEECH_S, PAD_S, SpeechProbability, load_silero
 
 VAD, ASR, PUNCTUATION = ("FsmnVADStreaming",), ("BiCifParaformer", "SeacoParaformer"), ("CTTransformer",)
 SENTENCE_ENDS = frozenset("。？！.?!")
 MARKS = SENTENCE_ENDS | frozenset("，、；：,;:")
 PAUSE_S = 1.0  # a silence as long ends a sentence, whatever the punctuation
-_SILERO_WINDOW = 512  # samples at 16 kHz
-MIN_SILENCE_S, MIN_SPEECH_S, PAD_S = 0.2, 0.25, 0.05  # seconds: of a pause, of speech, kept on both sides
 
 
 @dataclass(frozen=True)
@@ -54,68 +48,29 @@ class Segment:
 # silero -----------------------------------------------------------------------------------------------------
 
 
-def silero_version() -> str:
-    """Of silero-vad (MIT), whose weights its package ships.
+def silero_segments(path: Path, max_s: float) -> list[Segment]:
+    """Speech in a mono file at 16 kHz: apart where there is a pause of 0.2 s, none longer than `max_s` seconds.
 
     Raises:
-        weights.WeightsError: the package is not installed.
+        weights.WeightsError: silero-vad is not installed.
     """
-    try:
-        return metadata.version("silero-vad")
-    except metadata.PackageNotFoundError:
-        advice = "pip install -r requirements.txt"
-        raise weights.WeightsError(f"needs silero-vad, which is not installed: {advice}") from None
+    load_silero()
+    from silero_vad.utils_vad import get_speech_timestamps_from_probs
 
-
-@contextmanager
-def silero_vad() -> Iterator[SileroVad]:
-    """silero-vad, within the context.
-
-    Raises:
-        weights.WeightsError: the package is not installed.
-    """
-    silero_version()
-    threads = torch.get_num_threads()
-    try:
-        import silero_vad as package  # sets torch's thread count to 1, for the whole process
-    finally:
-        torch.set_num_threads(threads)
-    yield SileroVad(package.load_silero_vad())
-
-
-@dataclass
-class SileroVad:
-    """Voice activity by silero-vad, whose package holds its weights."""
-
-    model: torch.nn.Module
-
-    @torch.inference_mode()
-    def segments(self, path: Path, max_s: float) -> list[Segment]:
-        """Speech in a mono file at 16 kHz: apart where there is a pause of 0.2 s, none longer than `max_s` seconds."""
-        from silero_vad.utils_vad import get_speech_timestamps_from_probs
-
-        chances, held = [], np.zeros(0, np.float32)
-        self.model.reset_states()
-        for block in read_blocks(path):
-            held = np.concatenate([held, block[:, 0]])
-            used = len(held) - len(held) % _SILERO_WINDOW
-            chances += [self._chance(held[at : at + _SILERO_WINDOW]) for at in range(0, used, _SILERO_WINDOW)]
-            held = held[used:]
-        if len(held):
-            chances.append(self._chance(np.pad(held, (0, _SILERO_WINDOW - len(held)))))
-        samples = soundfile.info(path).frames
-        found = get_speech_timestamps_from_probs(
-            chances,
-            audio_length_samples=samples,
-            max_speech_duration_s=max_s,
-            min_silence_duration_ms=round(1000 * MIN_SILENCE_S),
-            min_speech_duration_ms=round(1000 * MIN_SPEECH_S),
-            speech_pad_ms=round(1000 * PAD_S),
-        )
-        return [Segment(part["start"] / MODEL_RATE, min(part["end"], samples) / MODEL_RATE) for part in found]
-
-    def _chance(self, window: np.ndarray) -> float:
-        return self.model(torch.from_numpy(window), MODEL_RATE).item()
+    probability, samples, found = SpeechProbability(), 0, []
+    for block in read_blocks(path):
+        found.append(probability.feed(block[:, 0]))
+        samples += len(block)
+    found.append(probability.finish())
+    parts = get_speech_timestamps_from_probs(
+        np.concatenate(found).tolist(),
+        audio_length_samples=samples,
+        max_speech_duration_s=max_s,
+        min_silence_duration_ms=round(1000 * MIN_SILENCE_S),
+        min_speech_duration_ms=round(1000 * MIN_SPEECH_S),
+        speech_pad_ms=round(1000 * PAD_S),
+    )
+    return [Segment(part["start"] / MODEL_RATE, min(part["end"], samples) / MODEL_RATE) for part in parts]
 
 
 # funasr -----------------------------------------------------------------------------------------------------

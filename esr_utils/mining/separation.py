@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torchaudio.models import HDemucs
 
 from esr_utils import weights
-from esr_utils.mining.media import SOUND_RATE, read_blocks, write_sound
+from esr_utils.decoding import read_blocks
+from esr_utils.mining.media import SOUND_RATE, write_sound
 
 VOICE_RATE, MODEL_RATE = 24_000, 16_000  # Hz: of the clips; of the copies that the models hear
 OVERLAP_S = 1.0  # seconds that two chunks share, faded from the one to the other

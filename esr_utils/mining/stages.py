@@ -26,11 +26,13 @@ from safetensors.numpy import load_file, save_file
 
 from esr_utils import weights
 from esr_utils.config import MiningConfig
+from esr_utils.decoding import read_range
 from esr_utils.mining import annotation, segments, separation, speakers, voices
 from esr_utils.mining.funasr_models import find_funasr, funasr_model
-from esr_utils.mining.media import Source, extract_sound, read_range
+from esr_utils.mining.media import Source, extract_sound
 from esr_utils.mining.segments import Segment
 from esr_utils.runs import atomic_path, read_json, write_json
+from esr_utils.vad import silero_version
 
 Work = Callable[[Source], None]
 # Mean cosine at which two groups are one voice. resemblyzer: chosen on episodes of RAVDESS actors; CAM++: 3D-Speaker's
@@ -81,7 +83,7 @@ def _funasr_content(name: str, kinds: tuple[str, ...]) -> str:
 
 
 @contextmanager
-def _no_model(work: Work) -> Iterator[Work]:
+def _no_model(work: Work | None) -> Iterator[Work | None]:
     yield work
 
 
@@ -141,11 +143,11 @@ def _read_segments(run: Path, stage: str, source: Source) -> list[Segment]:
 
 
 def _silero(run: Path, config: MiningConfig) -> list[Stage]:
-    def make(vad: segments.SileroVad, source: Source) -> list[dict]:
-        return [part.to_dict() for part in vad.segments(heard(run, source), config.max_clip_s)]
+    def make(_: None, source: Source) -> list[dict]:
+        return [part.to_dict() for part in segments.silero_segments(heard(run, source), config.max_clip_s)]
 
-    settings = {"silero-vad": segments.silero_version(), "max_clip_s": config.max_clip_s}
-    return [_json_stage(run, "segments", settings, segments.silero_vad, make)]
+    settings = {"silero-vad": silero_version(), "max_clip_s": config.max_clip_s}
+    return [_json_stage(run, "segments", settings, lambda: _no_model(None), make)]
 
 
 def _funasr(run: Path, config: MiningConfig, device: torch.device) -> list[Stage]:

@@ -1,0 +1,187 @@
+"""Audio of any file, a block at a time: libsndfile reads wav, flac, ogg, opus and mp3; ffmpeg, where there is one, the
+rest.
+
+Hours need no more memory than a block of 10 s.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+from numpy.typing import NDArray
+
+from esr_utils.audio_files import LENGTH_TOLERANCE_S, MAX_FRAMES, AudioError
+
+BLOCK_S = 10  # seconds read at a time
+_UNKNOWN_BYTES = (1 << 31) - (1 << 16)  # a size from here on, in the header of a stream, says that it is not known
+_AU = struct.Struct(">4s5I")  # magic, bytes before the samples, bytes of samples, encoding, Hz, channels
+
+
+class NoFfmpegError(AudioError):
+    """A file that only ffmpeg reads, where there is none; the message says how to get it."""
+
+
+def find_ffmpeg() -> str:
+    """ffmpeg of the system, else that of the package imageio-ffmpeg.
+
+    Raises:
+        NoFfmpegError: there is none.
+    """
+    if found := shutil.which("ffmpeg"):
+        return found
+    if importlib.util.find_spec("imageio_ffmpeg"):
+        import imageio_ffmpeg
+
+        return imageio_ffmpeg.get_ffmpeg_exe()
+    raise NoFfmpegError(
+        "needs ffmpeg, which is not there: install it (apt install ffmpeg, brew install ffmpeg, or pip install "
+        "imageio-ffmpeg); wav, flac, ogg, opus and mp3 files are read without it"
+    )
+
+
+def sndfile_name(path: Path) -> str | bytes:
+    """As soundfile takes it: a name that is no Unicode only as bytes."""
+    return os.fsencode(path) if os.name == "posix" else str(path)
+
+
+def read_blocks(path: Path, first: int = 0, last: int | None = None) -> Iterator[NDArray[np.float32]]:
+    """(S, C) samples of a file that libsndfile reads, or of its range, 10 s at a time.
+
+    Raises:
+        AudioError: it does not decode, or holds NaN.
+    """
+    try:
+        with soundfile.SoundFile(sndfile_name(path)) as file:
+            file.seek(first)
+            left = (file.frames if last is None else min(last, file.frames)) - first
+            while left > 0 and len(block := file.read(min(left, BLOCK_S * file.samplerate), "float32", always_2d=True)):
+                left -= len(block)
+                yield _finite(block)
+    except soundfile.LibsndfileError as error:
+        raise AudioError(f"does not decode: {error.error_string}") from None
+
+
+def _finite(block: NDArray[np.float32]) -> NDArray[np.float32]:
+    if not np.isfinite(block).all():
+        raise AudioError("holds samples that are not numbers (NaN or infinite)")
+    return block
+
+
+def read_range(path: Path, start_s: float, end_s: float) -> NDArray[np.float32]:
+    """(S,) samples of a mono file from one second to another."""
+    rate = soundfile.info(path).samplerate
+    blocks = list(read_blocks(path, round(start_s * rate), round(end_s * rate)))
+    return np.concatenate(blocks)[:, 0] if blocks else np.zeros(0, np.float32)
+
+
+def decode(path: Path) -> Iterator[tuple[NDArray[np.float32], int]]:
+    """(S, C) samples of the first sound track of any file, and their rate in Hz, about 10 s at a time.
+
+    Raises:
+        AudioError: it cannot be opened, is no audio, needs an ffmpeg that is not there, or holds no sound; or, after
+            the blocks that came before, breaks off: less audio than the header promises, or data that do not decode.
+            Of an Ogg file that is cut short nothing tells so.
+    """
+    _check_file(path)
+    try:
+        info = soundfile.info(sndfile_name(path), verbose=True)
+    except soundfile.LibsndfileError as error:
+        blocks = _by_ffmpeg(path, error.error_string)
+    else:
+        blocks = _by_sndfile(path, info)
+    silent = True
+    for block, rate in blocks:
+        silent = False
+        yield block, rate
+    if silent:
+        raise AudioError("holds no sound")
+
+
+def _check_file(path: Path) -> None:
+    try:
+        if not path.is_file():  # to open a pipe may take for ever
+            raise AudioError("is no file" if path.exists() else "is not there")
+        with path.open("rb") as file:
+            if not file.read(1):
+                raise AudioError("is empty (0 bytes)")
+    except OSError as error:
+        raise AudioError(f"cannot be opened: {error.strerror}") from None
+
+
+def _by_sndfile(path: Path, info) -> Iterator[tuple[NDArray[np.float32], int]]:
+    frames = 0
+    for block in read_blocks(path):
+        frames += len(block)
+        yield block, info.samplerate
+    promised = info.frames if info.frames < MAX_FRAMES else frames
+    # libsndfile takes the length of a WAV or AIFF that is cut short from the file, and notes what its header said.
+    if found := re.search(r"(?:data|SSND) : (\d+) \(should be (\d+)\)", info.extra_info):
+        claimed, there = int(found[1]), int(found[2])
+        if there < claimed < _UNKNOWN_BYTES:
+            promised = max(promised, round(frames * claimed / max(there, 1)))
+    if (missing := (promised - frames) / info.samplerate) > LENGTH_TOLERANCE_S:
+        raise AudioError(f"is cut short: {missing:.2f} s less audio than its header says")
+
+
+def _by_ffmpeg(path: Path, complaint: str) -> Iterator[tuple[NDArray[np.float32], int]]:
+    """Args: complaint: libsndfile's, which says more where there is no ffmpeg to try."""
+    try:
+        command = [find_ffmpeg(), "-nostdin", "-v", "error", "-i", b"file:" + os.fsencode(path)]
+    except NoFfmpegError as error:
+        raise NoFfmpegError(f"is not readable as audio ({complaint.rstrip('.')}), or {error}") from None
+    # AU is the plainest format that says its rate and channels before its samples, however many there will be.
+    command += ["-map", "0:a:0", "-c:a", "pcm_f32be", "-f", "au", "pipe:1"]
+    with tempfile.TemporaryFile() as complaints:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=complaints)
+        try:
+            with process.stdout as sound:
+                yield from _au_blocks(sound)
+            failed = process.wait()
+        finally:
+            process.kill()
+            process.wait()
+        complaints.seek(0)
+        said = complaints.read(1 << 16).decode("utf-8", "replace")
+    if re.search(r"partial file|ended prematurely", said):
+        raise AudioError("is cut short, ffmpeg says")
+    if failed:
+        reason = re.sub(r"^(\[[^]]*\] ?)*", "", said.partition("\n")[0]) or f"exit code {failed}"
+        raise AudioError(f"is no audio that ffmpeg can decode (damaged, protected or of another kind): {reason}")
+
+
+def _au_blocks(sound) -> Iterator[tuple[NDArray[np.float32], int]]:
+    """Args: sound: the bytes of an AU stream of 32-bit floats; nothing at all gives no block."""
+    header = sound.read(_AU.size)
+    if len(header) < _AU.size:
+        return
+    _, before, _, _, rate, channels = _AU.unpack(header)
+    sound.read(before - _AU.size)
+    size = 4 * channels
+    while data := sound.read(BLOCK_S * rate * size):
+        samples = np.frombuffer(data[: len(data) - len(data) % size], ">f4").astype(np.float32)
+        if len(samples):
+            yield _finite(samples.reshape(-1, channels)), rate
+
+
+class Resampler:
+    """Of one channel, in blocks, without seams: together they are what resampling the whole would give (soxr, HQ)."""
+
+    def __init__(self, rate: int, to: int) -> None:
+        """Args: rate, to: Hz."""
+        self._stream = None if rate == to else soxr.ResampleStream(rate, to, 1, dtype="float32")
+
+    def __call__(self, samples: NDArray[np.float32], last: bool = False) -> NDArray[np.float32]:
+        """(S,) to (S',); `last` gives what was held back."""
+        samples = np.ascontiguousarray(samples, dtype=np.float32)
+        return samples if self._stream is None else self._stream.resample_chunk(samples, last=last)
