@@ -13,7 +13,8 @@ from pathlib import Path
 import pandas as pd
 
 PLAIN = (".wav", ".flac", ".ogg", ".opus", ".mp3")  # read without ffmpeg
-AUDIO = (*PLAIN, ".oga", ".m4a", ".m4b", ".aac", ".wma", ".aiff", ".aif", ".caf", ".w64", ".amr", ".ac3", ".mka")
+_MPEG4 = (".m4a", ".m4b", ".aac", ".m4p", ".aax")  # the last two are mostly protected: found, so that it is said
+AUDIO = (*PLAIN, *_MPEG4, ".oga", ".wma", ".aiff", ".aif", ".caf", ".w64", ".amr", ".ac3", ".mka")
 VIDEO = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".flv", ".ts", ".m4v", ".wmv", ".mpg", ".mpeg", ".3gp")
 
 
@@ -72,7 +73,7 @@ def _walk(root: Path) -> tuple[list[Path], list[Path], dict[Path, str]]:
             path = folder / entry.name
             if entry.is_dir(follow_symlinks=False):
                 waiting.append(path)
-            elif entry.is_symlink() and (path.suffix.lower() in suffixes or entry.is_dir()):
+            elif entry.is_symlink() and (path.suffix.lower() in suffixes or os.path.isdir(path)):
                 links.append(path)
             elif path.suffix.lower() in suffixes and entry.is_file(follow_symlinks=False):
                 files.append(path)
@@ -93,11 +94,14 @@ def file_key(path: str | Path, root: str | Path) -> str:
     """The name of a file of `find_audio` in a table: the same wherever the folder is, and valid UTF-8.
 
     Args:
-        root: the folder that was given to `find_audio`.
+        root: the folder that was given to `find_audio`; of one file that was given, the key is its name.
     Raises:
         ValueError: the file is not below it.
     """
-    inside = Path(path).relative_to(_absolute(root))
+    return _key(Path(path).relative_to(_folder(root)))
+
+
+def _key(inside: Path) -> str:
     name = os.fsencode(inside.as_posix()).decode("utf-8", "surrogateescape")
     return re.sub("[%\udc80-\udcff]", lambda found: f"%{ord(found[0]) & 0xFF:02X}", name)
 
@@ -108,12 +112,12 @@ def path_of(key: str, root: str | Path) -> Path:
     Raises:
         ValueError: no file below `root` has this key, such as one that is absolute or has "..".
     """
-    root = _absolute(root)
-    name = re.sub(rb"%([0-9A-F]{2})", lambda found: bytes.fromhex(found[1].decode()), key.encode("utf-8"))
-    path = root / os.fsdecode(name)
-    if "\0" in key or ".." in path.parts or not path.is_relative_to(root) or file_key(path, root) != key:
-        raise ValueError(f"{key!r} is the name of no file below {printable(root)}")
-    return path
+    folder, raw = _folder(root), key.encode("utf-8", "replace")
+    name = re.sub(rb"%([0-9A-F]{2})", lambda found: bytes.fromhex(found[1].decode()), raw)
+    inside = Path(os.fsdecode(name))
+    if b"\0" in name or inside.is_absolute() or ".." in inside.parts or not inside.parts or _key(inside) != key:
+        raise ValueError(f"{key!r} is the name of no file below {printable(folder)}")
+    return folder / inside
 
 
 def printable(path: str | Path) -> str:
@@ -124,3 +128,8 @@ def printable(path: str | Path) -> str:
 
 def _absolute(root: str | Path) -> Path:
     return Path(root).expanduser().resolve()
+
+
+def _folder(root: str | Path) -> Path:
+    root = _absolute(root)
+    return root.parent if root.is_file() else root

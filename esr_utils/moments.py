@@ -3,8 +3,8 @@
 What silero-vad finds between pauses of 0.2 s (`vad.SpeechSegments`) is a moment, but
 - shorter than 1 s: it is joined with the one before it, else with the one after, if that is at most 0.5 s away and both
   together last at most 10 s; else it is dropped;
-- longer than 10 s: it is cut where speech is least probable, over 0.1 s, 4 to 10 s after its start, so that at least 1 s
-  is left.
+- longer than 10 s: it is cut where speech is least probable, over 0.1 s, from 4 to 10 s after its start; at least 1 s
+  is left for the next.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ ROOT = Path(esr_utils.__file__).parent
 LAYERS = {
     "leaves": (
         "config", "runs", "weights", "styles", "wording", "prompts", "grammar", "metrics", "intervals", "losses",
-        "audio_files", "audio_folder", "decoding", "manifest_schema", "text_tables", "modality", "tables", "paper", "processes", "matching",
-        "codebook",
+        "audio_files", "manifest_schema", "text_tables", "modality", "tables", "paper", "processes", "matching",
+        "codebook", "audio_folder", "decoding",
     ),
     "data": (
         "manifests", "corpora", "provenance", "batches", "acoustics", "attributes", "captions", "trials", "scoring",

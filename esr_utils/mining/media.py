@@ -81,9 +81,8 @@ def _source(path: Path, root: Path) -> Source:
     """A name may hold anything but "/" and NUL, so the id is what is plain in it, and a hash of the whole."""
     inside = os.fsencode(path.relative_to(root))
     plain = re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-")[:40].strip("-")
-    return Source(
-        f"{plain or 'file'}-{hashlib.sha256(inside).hexdigest()[:8]}", path, printable(path.relative_to(root))
-    )
+    name = printable(path.relative_to(root))
+    return Source(f"{plain or 'file'}-{hashlib.sha256(inside).hexdigest()[:8]}", path, name)
 
 
 def extract_sound(source: Path, target: Path) -> None:
