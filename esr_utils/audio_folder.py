@@ -10,8 +10,6 @@ import os
 import re
 from pathlib import Path
 
-import pandas as pd
-
 PLAIN = (".wav", ".flac", ".ogg", ".opus", ".mp3")  # read without ffmpeg
 _MPEG4 = (".m4a", ".m4b", ".aac", ".m4p", ".aax")  # the last two are mostly protected: found, so that it is said
 AUDIO = (*PLAIN, *_MPEG4, ".oga", ".wma", ".aiff", ".aif", ".caf", ".w64", ".amr", ".ac3", ".mka")
@@ -22,7 +20,7 @@ class NoAudio(ValueError):
     """A folder without recordings; the message says what was looked for."""
 
 
-def find_audio(folder: str | Path) -> tuple[list[Path], pd.DataFrame]:
+def find_audio(folder: str | Path) -> tuple[list[tuple[str, Path]], list[tuple[str, str]]]:
     """Audio and video files below a folder, by the ending of their names, or one file of any name.
 
     Hidden files and folders (names that begin with ".") are passed over. Links are not followed to folders: one within
@@ -31,13 +29,13 @@ def find_audio(folder: str | Path) -> tuple[list[Path], pd.DataFrame]:
     stray link would otherwise bring in a whole disk. Name the place it leads to instead.
 
     Returns:
-        Absolute paths in order, each file once; and what was left out: columns `file` (its key) and `reason`.
+        Key and absolute path of each file, once, in the order of the paths; and key and reason of what was left out.
     Raises:
         NoAudio: there is no such folder, or nothing to be used in it.
     """
     root = _absolute(folder)
     if root.is_file():
-        return [root], pd.DataFrame(columns=["file", "reason"])
+        return [(_key(Path(root.name)), root)], []
     if not root.is_dir():
         raise NoAudio(f"{printable(folder)} is no file and no folder: give a recording, or a folder of them")
     files, links, left_out = _walk(root)
@@ -50,11 +48,11 @@ def find_audio(folder: str | Path) -> tuple[list[Path], pd.DataFrame]:
         elif target.is_file():
             seen.add(target)
             files.append(link)
-    reasons = {file_key(path, root): left_out[path] for path in sorted(left_out)}
+    reasons = [(_key(path.relative_to(root)), left_out[path]) for path in sorted(left_out)]
     if not files:
-        said = "".join(f"; {key}: {reason}" for key, reason in list(reasons.items())[:3])
+        said = "".join(f"; {printable(key)}: {reason}" for key, reason in reasons[:3])
         raise NoAudio(f"{printable(folder)} holds no audio; known are {', '.join((*AUDIO, *VIDEO))}{said}")
-    return sorted(files), pd.DataFrame(reasons.items(), columns=["file", "reason"])
+    return [(_key(path.relative_to(root)), path) for path in sorted(files)], reasons
 
 
 def _walk(root: Path) -> tuple[list[Path], list[Path], dict[Path, str]]:
@@ -85,9 +83,10 @@ def _walk(root: Path) -> tuple[list[Path], list[Path], dict[Path, str]]:
 def _unusable(target: Path, root: Path) -> str:
     if not target.is_relative_to(root):
         return "is a link that leads outside of the folder"
-    if target.is_dir() or target.is_file():
-        return ""
-    return "is a link that leads nowhere"
+    if target.is_dir():
+        hidden = any(part.startswith(".") for part in target.relative_to(root).parts)
+        return "is a link to a hidden folder" if hidden else ""
+    return "" if target.is_file() else "is a link that leads nowhere"
 
 
 def file_key(path: str | Path, root: str | Path) -> str:

@@ -25,6 +25,7 @@ from esr_utils.audio_files import LENGTH_TOLERANCE_S, MAX_FRAMES, AudioError
 
 BLOCK_S = 10  # seconds read at a time
 _UNKNOWN_BYTES = (1 << 31) - (1 << 16)  # a size from here on, in the header of a stream, says that it is not known
+_PROTECTED = r"\((drms|enca|aavd) /"  # sample entries of iTunes, of MPEG-4 common encryption, of Audible
 _AU = struct.Struct(">4s5I")  # magic, bytes before the samples, bytes of samples, encoding, Hz, channels
 
 
@@ -96,8 +97,8 @@ def decode(path: Path) -> Iterator[tuple[NDArray[np.float32], int]]:
     _check_file(path)
     try:
         info = soundfile.info(sndfile_name(path), verbose=True)
-    except soundfile.LibsndfileError as error:
-        blocks = _by_ffmpeg(path, error.error_string)
+    except (soundfile.LibsndfileError, TypeError) as error:  # the latter of a name that ends in .raw
+        blocks = _by_ffmpeg(path, getattr(error, "error_string", "of no kind that it knows"))
     else:
         blocks = _by_sndfile(path, info)
     silent = True
@@ -137,16 +138,20 @@ def _by_sndfile(path: Path, info) -> Iterator[tuple[NDArray[np.float32], int]]:
 def _by_ffmpeg(path: Path, complaint: str) -> Iterator[tuple[NDArray[np.float32], int]]:
     """Args: complaint: libsndfile's, which says more where there is no ffmpeg to try."""
     try:
-        command = [find_ffmpeg(), "-nostdin", "-v", "error", "-i", b"file:" + os.fsencode(path)]
+        program = find_ffmpeg()
     except NoFfmpegError as error:
         raise NoFfmpegError(f"is not readable as audio ({complaint.rstrip('.')}), or {error}") from None
+    source = ["-nostdin", "-hide_banner", "-i", b"file:" + os.fsencode(path)]
+    _check_track([program, *source])
     # AU is the plainest format that says its rate and channels before its samples, however many there will be.
-    command += ["-map", "0:a:0", "-c:a", "pcm_f32be", "-f", "au", "pipe:1"]
+    # What does not decode, or begins after the picture, becomes silence, so that times stay those of the file.
+    sound = ["-map", "0:a:0", "-af", "aresample=async=1:first_pts=0", "-c:a", "pcm_f32be", "-f", "au", "pipe:1"]
+    command = [program, "-v", "error", *source, *sound]
     with tempfile.TemporaryFile() as complaints:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=complaints)
         try:
-            with process.stdout as sound:
-                yield from _au_blocks(sound)
+            with process.stdout as stream:
+                yield from _au_blocks(stream)
             failed = process.wait()
         finally:
             process.kill()
@@ -158,6 +163,19 @@ def _by_ffmpeg(path: Path, complaint: str) -> Iterator[tuple[NDArray[np.float32]
     if failed:
         reason = re.sub(r"^(\[[^]]*\] ?)*", "", said.partition("\n")[0]) or f"exit code {failed}"
         raise AudioError(f"is no audio that ffmpeg can decode (damaged, protected or of another kind): {reason}")
+
+
+def _check_track(command: list) -> None:
+    """Refuses what has no sound, and what is protected, which would decode to noise.
+
+    Args: command: of ffmpeg with nothing but a source, of which it then tells what it holds.
+    """
+    about = subprocess.run(command, capture_output=True).stderr.decode("utf-8", "replace")
+    tracks = re.findall(r"^ *Stream #\d.*?: Audio: (.*)$", about, re.MULTILINE)
+    if "Stream #" in about and not tracks:
+        raise AudioError("holds no sound")
+    if tracks and re.search(_PROTECTED, tracks[0]) or "DRM protected stream" in about:
+        raise AudioError("is protected (DRM): it can be played by its seller's program alone")
 
 
 def _au_blocks(sound) -> Iterator[tuple[NDArray[np.float32], int]]:

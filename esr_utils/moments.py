@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from esr_utils.audio_files import AudioError
-from esr_utils.audio_folder import printable
 from esr_utils.config import SAMPLE_RATE
 from esr_utils.decoding import Resampler, decode
 from esr_utils.vad import WINDOW, SpeechProbability, SpeechSegments
@@ -30,32 +29,18 @@ CUT_FROM_S = 4.0  # seconds after the start of a long one from which it may be c
 _MIN, _MAX, _NEAR, _CUT_FROM = (round(seconds * SAMPLE_RATE) for seconds in (MIN_S, MAX_S, NEAR_S, CUT_FROM_S))
 
 
-class UnreadableAudio(ValueError):
-    """A file that cannot be used, or only up to some point.
-
-    Attributes:
-        file: its path.
-        reason: why, without the path.
-    """
-
-    def __init__(self, file: Path, reason: str) -> None:
-        super().__init__(file, reason)
-        self.file, self.reason = file, reason
-
-    def __str__(self) -> str:
-        return f"{printable(self.file)} {self.reason}"
-
-
 @dataclass(frozen=True)
 class Moment:
     """An utterance within a recording.
 
     Attributes:
-        start_s, end_s: seconds from the start of the file.
+        file: the recording.
+        start_s, end_s: seconds from its start.
         channel: from 0; None of all channels together.
         waveform: (S,) float32 at 16 kHz.
     """
 
+    file: Path
     start_s: float
     end_s: float
     channel: int | None
@@ -69,32 +54,34 @@ def moments(path: str | Path, channels: Channels = "mix") -> Iterator[Moment]:
         channels: `mix` listens to the mean of the channels; `split` to each by itself, as for calls with one party a
             channel. A file of one channel is the same either way.
     Raises:
-        UnreadableAudio: see `decoding.decode`. Of a file that breaks in the middle, what came before is given first.
+        AudioError: it is no file that `decoding.decode` reads, or is so up to some point only. What came before that
+            point is given first.
         weights.WeightsError: silero-vad is not installed.
+        ValueError: unknown `channels`.
     """
     if channels not in ("mix", "split"):
         raise ValueError(f"channels is {channels!r}; known are mix and split")
-    path, tracks, broken = Path(path), [], ""
+    path, tracks, broken = Path(path), [], None
     try:
         for block, rate in decode(path):
             if not tracks:
-                numbers = [None] if channels == "mix" or block.shape[1] == 1 else list(range(block.shape[1]))
-                tracks = [_Track(rate, number) for number in numbers]
+                split = channels == "split" and block.shape[1] > 1
+                tracks = [_Track(path, rate, number) for number in (range(block.shape[1]) if split else [None])]
             for track in tracks:
                 yield from track.feed(block.mean(axis=1) if track.channel is None else block[:, track.channel])
     except AudioError as error:
-        broken = str(error)
+        broken = error
     for track in tracks:
         yield from track.finish()
     if broken:
-        raise UnreadableAudio(path, broken)
+        raise broken
 
 
 class _Track:
     """One channel, or the mean of all: from its samples to its moments, with what is still needed of the former."""
 
-    def __init__(self, rate: int, channel: int | None) -> None:
-        self.channel = channel
+    def __init__(self, file: Path, rate: int, channel: int | None) -> None:
+        self.file, self.channel = file, channel
         self._resample = Resampler(rate, SAMPLE_RATE)
         self._probability, self._utterances = SpeechProbability(), _Utterances()
         self._held, self._from = np.zeros(0, np.float32), 0  # samples at 16 kHz, and the place of the first
@@ -117,7 +104,7 @@ class _Track:
     def _moments(self, spans: list[tuple[int, int]]) -> Iterator[Moment]:
         for start, end in spans:
             waveform = self._held[start - self._from : end - self._from].copy()
-            yield Moment(start / SAMPLE_RATE, end / SAMPLE_RATE, self.channel, waveform)
+            yield Moment(self.file, start / SAMPLE_RATE, end / SAMPLE_RATE, self.channel, waveform)
 
 
 class _Utterances:

@@ -29,12 +29,11 @@ def touch(path: Path) -> Path:
 
 
 def names(folder: Path) -> list[str]:
-    return [file_key(path, folder) for path in find_audio(folder)[0]]
+    return [key for key, _ in find_audio(folder)[0]]
 
 
 def reasons(folder: Path) -> dict[str, str]:
-    left_out = find_audio(folder)[1]
-    return dict(zip(left_out["file"], left_out["reason"], strict=True))
+    return dict(find_audio(folder)[1])
 
 
 def test_audio_by_its_ending_sorted(tmp_path):
@@ -53,13 +52,12 @@ def test_audio_by_its_ending_sorted(tmp_path):
     (tmp_path / "folder.wav").mkdir()
     assert names(tmp_path) == ["a.flac", "b/c/d.mp3", "b/one.m4a", "b/two.WAV", "film.mp4"]
     assert reasons(tmp_path) == {}
-    assert all(path.is_absolute() for path in find_audio(tmp_path)[0])
+    assert all(path == tmp_path / key for key, path in find_audio(tmp_path)[0])
 
 
 def test_one_file_of_any_name(tmp_path):
     path = touch(tmp_path / "recording")
-    files, left_out = find_audio(path)
-    assert files == [path] and left_out.empty and list(left_out) == ["file", "reason"]
+    assert find_audio(path) == ([("recording", path)], [])
     assert file_key(path, path) == file_key(path, tmp_path) == "recording" and path_of("recording", path) == path
 
 
@@ -99,6 +97,13 @@ def test_of_links_to_a_file_without_a_name_of_its_own_the_first_is_listed(tmp_pa
     assert names(tmp_path) == ["a.wav"] and reasons(tmp_path) == {}
 
 
+def test_a_link_to_a_hidden_folder_is_left_out_and_said(tmp_path):
+    touch(tmp_path / "a.wav")
+    touch(tmp_path / ".store" / "b.wav")
+    (tmp_path / "data").symlink_to(".store")
+    assert names(tmp_path) == ["a.wav"] and reasons(tmp_path) == {"data": "is a link to a hidden folder"}
+
+
 def test_what_leads_outside_is_left_out_and_said(tmp_path):
     touch(tmp_path / "elsewhere" / "secret.wav")
     inside = tmp_path / "inside"
@@ -121,8 +126,8 @@ def test_a_folder_of_links_that_lead_outside_says_so(tmp_path):
 def test_the_folder_itself_may_be_a_link(tmp_path):
     touch(tmp_path / "real" / "a.wav")
     (tmp_path / "link").symlink_to("real")
-    (path,), _ = find_audio(tmp_path / "link")
-    assert path == tmp_path / "real" / "a.wav" and file_key(path, tmp_path / "link") == "a.wav"
+    ((key, path),), _ = find_audio(tmp_path / "link")
+    assert path == tmp_path / "real" / "a.wav" and key == file_key(path, tmp_path / "link") == "a.wav"
 
 
 def test_pipes_and_closed_folders_are_left_out_and_said(tmp_path):
@@ -146,10 +151,10 @@ def test_names_of_any_bytes_are_found_and_come_back(tmp_path):
         except OSError:
             pytest.skip("this file system takes no such names")
     files, _ = find_audio(tmp_path)
-    assert sorted(path.name for path in files) == sorted(map(os.fsdecode, ODD_NAMES))
-    for path in files:
-        key = file_key(path, tmp_path)
-        assert key.encode() and path_of(key, tmp_path) == path and path_of(key, tmp_path).is_file()
+    assert sorted(path.name for _, path in files) == sorted(map(os.fsdecode, ODD_NAMES))
+    for key, path in files:
+        assert key.encode() and key == file_key(path, tmp_path)
+        assert path_of(key, tmp_path) == path and path_of(key, tmp_path).is_file()
 
 
 def test_plain_names_are_their_own_keys(tmp_path):

@@ -17,12 +17,12 @@ from zlib import crc32
 import pandas as pd
 
 from esr_utils.audio_files import AudioError, Folder
+from esr_utils.audio_folder import PLAIN
 from esr_utils.corpora import CorpusError
 from esr_utils.manifests import build_manifest
 from esr_utils.styles import CAPTIONED_STYLES
 from esr_utils.text_tables import csv_rows
 
-SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 LEVELS = ("low", "normal", "high")
 _LEVELS = {
     **dict.fromkeys(("low", "slow", "quiet", "低", "慢"), "low"),
@@ -67,7 +67,7 @@ def audio_by_name(root: Path, left_out: dict[str, str]) -> dict[str, str]:
         relative = os.path.relpath(folder, root).replace(os.sep, "/")
         for name in sorted(names):
             stem, suffix = os.path.splitext(name)
-            if suffix.lower() not in SUFFIXES or name.startswith("."):
+            if suffix.lower() not in PLAIN or name.startswith("."):
                 continue
             path = name if relative == "." else f"{relative}/{name}"
             if not path.isprintable():

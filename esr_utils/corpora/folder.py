@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 import pandas as pd
 
 from esr_utils.audio_files import AudioError, Header, check_audio, read_header
+from esr_utils.audio_folder import PLAIN
 from esr_utils.corpora import CorpusError
 from esr_utils.manifests import build_manifest, read_table
 
@@ -24,8 +25,6 @@ ABOUT = "Any folder of audio."
 SOURCE = "your own disk"
 LICENCE = "the audio's own"
 LAYOUT = "any; labels.csv beside the audio may hold the columns of a manifest"
-
-SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 
 
 def prepare(root: Path, labels: str | Path | None = None, read_data: bool = False) -> pd.DataFrame:
@@ -63,7 +62,7 @@ def prepare(root: Path, labels: str | Path | None = None, read_data: bool = Fals
 def _usable(root: Path, read_data: bool) -> tuple[dict[str, Header], dict[str, str]]:
     """Headers of the files that can be used, and the reasons for those that cannot, by path."""
     headers, left_out = {}, {}
-    for file in sorted(file for file in root.rglob("*") if file.suffix.lower() in SUFFIXES):
+    for file in sorted(file for file in root.rglob("*") if file.suffix.lower() in PLAIN):
         path = file.relative_to(root).as_posix()
         if file.is_dir():
             continue

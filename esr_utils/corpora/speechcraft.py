@@ -21,8 +21,9 @@ from typing import Any
 import pandas as pd
 
 from esr_utils.audio_files import AudioError, Folder
+from esr_utils.audio_folder import PLAIN
 from esr_utils.corpora import CorpusError
-from esr_utils.corpora.captioned import SUFFIXES, Corpus, audio_by_name, gender, level, row, split_of, unusable
+from esr_utils.corpora.captioned import Corpus, audio_by_name, gender, level, row, split_of, unusable
 from esr_utils.manifests import build_manifest
 from esr_utils.text_tables import JsonError, csv_rows, json_items, text_lines
 
@@ -130,7 +131,7 @@ def description_of(value: Any) -> str:
 def _stem(name: str) -> str:
     name = name.replace("\\", "/").rpartition("/")[2]
     stem, suffix = os.path.splitext(name)
-    return stem if suffix.lower() in SUFFIXES else name
+    return stem if suffix.lower() in PLAIN else name
 
 
 def _captions(root: Path, files: list[Path], left_out: dict[str, str]) -> dict[str, str]:
