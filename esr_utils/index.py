@@ -1,123 +1,336 @@
-"""Search: a sentence, or a clip, against a collection's vectors. Exact: every clip is scored."""
+"""A search index on disk: what is said how, in which file, from when to when; found by a sentence or by an example.
+
+    index = Index.create("recordings.index", model)
+    index.refresh(folder, found, embed)                          # only what is new or changed in it is embedded
+    index.search("a tired, sarcastic answer", k=10)              # a DataFrame, best first
+    index.search("excited", minus="angry", where={"speaker": ["anna", "ben"], "start_s": (60, None)})
+    index.search("excited", one_per="file", k=10, offset=10)     # the second ten
+
+`build` makes one of a manifest. Up to EXACT_LIMIT moments every one is scored (`nearest`), from a copy of the vectors
+in memory that follows the table; past that an approximate index does it, where one was built. How the table stays whole
+is told in `index_table`. Embedding is the caller's: `refresh` and `add` take its results, file by file.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pandas as pd
+import pyarrow.compute as pc
 import torch
-from lhotse import CutSet, Recording
 from numpy.typing import NDArray
 
+from esr_utils import nearest, runs
 from esr_utils.config import Level
-from esr_utils.embedding import CACHE, Embeddings, embed
-from esr_utils.manifests import to_cuts
-from esr_utils.retriever import Retriever
+from esr_utils.index_rows import Embedded, File
+from esr_utils.index_snapshot import QueryError, Snapshot
+from esr_utils.index_table import IndexTable
+
+# What embeds audio is imported where that is done: a process that only searches takes 0.2 GB less.
+if TYPE_CHECKING:
+    from esr_utils.embedding import Embeddings
+    from esr_utils.retriever import Retriever
+
+EXACT_LIMIT = 1_000_000  # moments; past that an approximate index is used where there is one
+MAX_QUERY = 2000  # characters of a sentence: some 400 words, more than a text backbone reads
+Query = str | Sequence[str] | NDArray[np.floating]
 
 
-class QueryError(ValueError):
-    """A query that cannot be answered; the message says why."""
-
-
-@dataclass(frozen=True)
-class SearchIndex:
-    """A collection that can be searched.
+class Index(IndexTable):
+    """An open index that can be searched. `create` and `open` make one.
 
     Attributes:
-        model: the retriever that made the vectors, which also encodes the queries.
-        clips: manifest rows, one per vector.
-        vectors: (N, d) float32, unit length.
-        skipped: clips that could not be embedded: utterance_id, reason.
-        level: how clips were levelled, and an example clip will be.
+        model: what encodes sentences and example files; None for queries that are vectors.
     """
 
-    model: Retriever
-    clips: pd.DataFrame
-    vectors: NDArray[np.float32]
-    skipped: pd.DataFrame
-    level: Level = "normalised"
+    model: Retriever | None = None
+    _snapshot: Snapshot | None = None
 
     @classmethod
-    def build(
-        cls,
-        model: Retriever,
-        manifest: pd.DataFrame,
-        level: Level = "normalised",
-        embeddings: Embeddings | None = None,
-        cache: Path | None = CACHE,
-    ) -> SearchIndex:
-        """Embeds a manifest (rows of `manifests.load_corpora`), or takes embeddings that are there already."""
-        embeddings = embeddings or embed(model, to_cuts(manifest), level, cache)
-        clips = manifest.set_index("utterance_id", drop=False).loc[embeddings.utterance_ids].reset_index(drop=True)
-        return cls(model, clips, embeddings.vectors, embeddings.skipped, level)
+    def create(
+        cls, uri: str | Path, model: Retriever, pooled: int = 0, level: Level = "normalised", replace: bool = False
+    ) -> Self:
+        """A new index for what this retriever makes, or the one that is there; as `IndexTable.create_named`."""
+        found = cls.create_named(uri, model_id(model), model.config.dim, pooled, level, replace)
+        found.model = model
+        return found
 
-    @torch.no_grad()
-    def search(self, query: str | list[str], k: int = 10, min_score: float = -1.0) -> pd.DataFrame:
-        """The k clips that fit a sentence best, or several sentences on average.
-
-        Args:
-            min_score: cosine, -1 to 1; clips below it are left out.
-
-        Returns:
-            The clips' manifest rows, best first, with `rank` from 1 and `score` in front.
+    @classmethod
+    def open(cls, uri: str | Path, model: Retriever | None = None) -> Self:
+        """The index that is there, for this retriever; without one it takes vectors alone as queries.
 
         Raises:
-            QueryError: the query is empty, or k is below 1.
+            IndexUnusable: there is none, or it was made by another retriever or format; both are named.
         """
+        found = cls.open_named(uri, **({"model": model_id(model), "dim": model.config.dim} if model else {}))
+        found.model = model
+        return found
+
+    def build_approximate(self) -> None:
+        """Makes the approximate index that a search past EXACT_LIMIT uses, of all moments there are now.
+
+        Moments that are added later are found all the same, by a scan; when they are many, build it again. It is IVF
+        with one bit a dimension (RaBitQ); LanceDB's product quantisation and its graph (HNSW) find less of a million
+        clustered vectors, and take longer to build.
+
+        Raises:
+            QueryError: there are under 256 moments.
+        """
+        from lancedb.index import IvfRq
+
+        if (n := self._current().n_moments) < 256:
+            raise QueryError(f"{n} moments need no approximate index; 256 are the least that one can be trained on")
+        config = IvfRq(distance_type="dot", num_partitions=round(n**0.5), sample_rate=64, max_iterations=20)
+        self._commit(lambda: self.table.create_index("vector", config=config, replace=True))
+
+    def recall(self, k: int = 10, queries: NDArray[np.float32] | None = None) -> float:
+        """Share of the exact k best that the approximate index finds, averaged over queries.
+
+        Args:
+            queries: (n, d); by default 100 of the index's own vectors, drawn with seed 0.
+
+        Raises:
+            QueryError: there is no approximate index.
+        """
+        snapshot = self._current()
+        if not snapshot.has_approximate:
+            raise QueryError(f"{self.uri} has no approximate index: build_approximate makes one")
+        shares = []
+        for query in snapshot.sample()[:100] if queries is None else queries:
+            exact = set(snapshot.exact(query, None).best(k)[0][:k].tolist())
+            shares.append(len(exact & set(snapshot.approximate(query, None).best(k)[0].tolist())) / len(exact))
+        return float(np.mean(shares))
+
+    def stats(self) -> dict[str, Any]:
+        """How much is in it, of what it was made, and its columns."""
+        files, snapshot = self.files(), self._current()
+        seconds = sum(
+            pc.sum(pc.subtract(batch["end_s"], batch["start_s"])).as_py() or 0.0
+            for batch in self.batches(["start_s", "end_s"], snapshot.alive())
+        )
+        return {
+            **self.about,
+            "uri": self.uri,
+            "files": len(files),
+            "files_with_problems": int((files["problem"] != "").sum()),
+            "moments": snapshot.n_moments,
+            "hours": seconds / 3600,
+            "approximate": snapshot.has_approximate,
+            "columns": {name: str(kind) for name, kind in snapshot.columns.items()},
+            "bytes": self.table.stats()["total_bytes"],
+        }
+
+    # Searching ----------------------------------------------------------------------------------------------
+
+    def search(
+        self,
+        query: Query,
+        k: int = 10,
+        min_score: float = -1.0,
+        *,
+        minus: Query | None = None,
+        minus_weight: float = 0.5,
+        where: Mapping[str, Any] | None = None,
+        one_per: str | None = None,
+        offset: int = 0,
+        approximate: bool | None = None,
+    ) -> pd.DataFrame:
+        """The k moments that fit best.
+
+        Args:
+            query: a sentence; several, of which the mean of their unit vectors is taken; or a vector (d,).
+            min_score: cosine, -1 to 1; moments below it are left out.
+            minus: what it should not sound like: the query is unit(query) - minus_weight * unit(minus), normalised.
+            where: conditions by column: a value; a list of values; (low, high), both included, None for no bound.
+            one_per: a column, e.g. file or speaker, of whose values each is found once, by its best moment. Moments
+                without a value all count.
+            offset: hits to skip: the second page of ten is k=10, offset=10. Ties keep the order of the table.
+            approximate: whether not all moments are scored; None decides by EXACT_LIMIT.
+
+        Returns:
+            Best first: `rank` from 1, `score` (cosine), `percentile` (the share of the whole index, 0 to 1, that scores
+            below; to about 0.001 with conditions, to about 0.01 if not all moments were scored), then the moment's
+            columns.
+
+        Raises:
+            QueryError: the query is empty, longer than MAX_QUERY or no unit vector can be made of it; k or offset is
+                too small; a column does not exist, or its values are of another type.
+        """
+        vector = self._unit(query)
+        if minus is not None:
+            vector = _normalised(
+                vector - minus_weight * self._unit(minus), "the query and what is taken from it are the same"
+            )
+        return self._nearest(vector, k, min_score, where=where, one_per=one_per, offset=offset, approximate=approximate)
+
+    def search_like(self, example: str | Path, k: int = 10, min_score: float = -1.0, **options: Any) -> pd.DataFrame:
+        """The k moments that sound most like an example: the id of a moment of this index, or an audio file.
+
+        The example itself is not among the hits when it is of the index. Returns, raises and takes options as `search`;
+        QueryError also for an example that cannot be found or read.
+        """
+        own = self._own(str(example))
+        if own is None:
+            return self.search(self._embed_file(Path(example)), k, min_score, **options)
+        row, vector = own
+        return self._nearest(_normalised(vector), k, min_score, without=row, **options)
+
+    def _own(self, example: str) -> tuple[int, NDArray[np.float32]] | None:
+        """Row id and vector of the moment that has this id, or is all of this file."""
+        from lancedb.expr import col, lit
+
+        for column in ("id", "file"):
+            condition = self._current().alive(col(column) == lit(example))
+            for batch in self.batches(["start_s", "vector"], condition):
+                for row in batch.to_pylist():
+                    if column == "id" or row["start_s"] is None:
+                        return row["_rowid"], np.array(row["vector"], np.float32)
+        return None
+
+    def _unit(self, query: Query) -> NDArray[np.float32]:
+        """A query's unit vector (d,)."""
+        dim = self.about["dim"]
+        if isinstance(query, np.ndarray):
+            if query.shape != (dim,) or not np.isfinite(query).all():
+                raise QueryError(f"a query vector of this index is ({dim},) finite numbers; this one is {query.shape}")
+            return _normalised(query.astype(np.float32))
         sentences = [query] if isinstance(query, str) else list(query)
-        if not sentences or not all(sentence.strip() for sentence in sentences):
+        if not sentences or not all(isinstance(sentence, str) and sentence.strip() for sentence in sentences):
             raise QueryError(
                 "the query is empty: describe how the speech should sound, e.g. 'an angry, shouting voice'"
             )
-        return self._nearest(self.model.encode_text(sentences).mean(0).cpu().numpy(), k, min_score)
-
-    def search_like(self, example: str | Path, k: int = 10, min_score: float = -1.0) -> pd.DataFrame:
-        """The k clips that sound most like an example: an utterance_id of the collection, or an audio file.
-
-        The example itself is not among the hits when it is of the collection. Returns and raises as `search`;
-        QueryError also for an example that cannot be found or read.
-        """
-        _check_k(k)
-        path = Path(example)
-        files = [Path(root) / name for root, name in zip(self.clips["root"], self.clips["path"], strict=True)]
-        same_file = [path.name == file.name and path.resolve() == file.resolve() for file in files]
-        own = np.flatnonzero(
-            (self.clips["utterance_id"] == str(example))
-            | (self.clips["start_s"].isna() & np.array(same_file, dtype=bool))
-        )
-        if len(own):
-            hits = self._nearest(self.vectors[own[0]], k + 1, min_score)
-            hits = hits[hits["utterance_id"] != self.clips["utterance_id"].iloc[own[0]]].head(k).reset_index(drop=True)
-            return hits.assign(rank=np.arange(1, len(hits) + 1))
-        return self._nearest(self._embed_file(path), k, min_score)
+        for sentence in sentences:
+            if len(sentence) > MAX_QUERY:
+                raise QueryError(
+                    f"the query is {len(sentence)} characters ({len(sentence.split())} words) long; "
+                    f"at most {MAX_QUERY} are taken: describe how the speech should sound in a sentence or two"
+                )
+        if self.model is None:
+            raise QueryError("this index was opened without a model, which sentences need: Index.open(uri, model)")
+        with torch.no_grad():
+            return _normalised(self.model.encode_text(sentences).float().mean(0).cpu().numpy())
 
     def _embed_file(self, path: Path) -> NDArray[np.float32]:
+        from lhotse import CutSet, Recording
+
+        from esr_utils.embedding import embed
+
         if not path.is_file():
-            raise QueryError(f"{path} is neither an utterance_id of this collection nor an audio file")
+            raise QueryError(f"{path} is neither the id of a moment of this index nor an audio file")
+        if self.model is None:
+            raise QueryError("this index was opened without a model, which an audio file needs: Index.open(uri, model)")
         try:
             recording = Recording.from_file(path)
         except Exception as error:
             raise QueryError(f"{path} is no readable audio file: {error}") from None
         cut = recording.to_cut()  # of all channels, which are averaged
         cut.custom = {"utterance_id": str(path), "style": ""}
-        found = embed(self.model, CutSet.from_cuts([cut]), self.level, cache=None)
+        found = embed(self.model, CutSet.from_cuts([cut]), self.about["level"], cache=None)
         if not len(found.vectors):
             raise QueryError(f"{path}: {found.skipped['reason'].iloc[0]}")
         return found.vectors[0]
 
-    def _nearest(self, vector: NDArray[np.float32], k: int, min_score: float) -> pd.DataFrame:
-        _check_k(k)
-        scores = self.vectors @ vector
-        best = np.argsort(-scores, kind="stable")[:k]
-        best = best[scores[best] >= min_score]
-        hits = self.clips.iloc[best].reset_index(drop=True)
-        hits.insert(0, "score", scores[best])
-        hits.insert(0, "rank", np.arange(1, len(hits) + 1))
+    def _nearest(
+        self,
+        vector: NDArray[np.float32],
+        k: int,
+        min_score: float,
+        *,
+        where: Mapping[str, Any] | None = None,
+        one_per: str | None = None,
+        offset: int = 0,
+        approximate: bool | None = None,
+        without: int | None = None,
+    ) -> pd.DataFrame:
+        """Hits as `search` returns them; `without` is the row id of one that is left out."""
+        for name, value, least in (("k", k, 1), ("offset", offset, 0)):
+            if value < least:
+                raise QueryError(f"{name} is {value}; it must be at least {least}")
+        snapshot = self._current()
+        condition = snapshot.condition(where or {})
+        if approximate is None:
+            approximate = snapshot.n_moments > EXACT_LIMIT and snapshot.has_approximate
+        found = (snapshot.approximate if approximate else snapshot.exact)(vector, condition)
+        wanted, n = offset + k, offset + k + (without is not None)
+        while True:
+            rows, scores = found.best(n)
+            last = len(rows) < n or scores[-1] < min_score  # there is nothing after these
+            kept = scores >= min_score if without is None else (scores >= min_score) & (rows != np.uint64(without))
+            rows, scores = rows[kept], scores[kept]
+            if one_per is not None:
+                first = snapshot.first_of_each(rows, one_per)
+                rows, scores = rows[first], scores[first]
+            if len(rows) >= wanted or last:
+                break
+            n *= 8
+        rows, scores = rows[offset:wanted], scores[offset:wanted]
+        hits = self.take(rows, list(snapshot.columns))
+        hits.insert(0, "percentile", nearest.share_below(found.scores, scores))
+        hits.insert(0, "score", scores)
+        hits.insert(0, "rank", np.arange(offset + 1, offset + 1 + len(rows)))
         return hits
 
+    def _current(self) -> Snapshot:
+        """The table's newest version; what was kept of an older one is let go."""
+        if self.reload() != (self._snapshot.version if self._snapshot else None):
+            self._snapshot = None  # before its successor is there: the vectors are most of the memory
+            self._snapshot = Snapshot(self)
+        return self._snapshot
 
-def _check_k(k: int) -> None:
-    if k < 1:
-        raise QueryError(f"k is {k}; it must be at least 1")
+
+def build(
+    model: Retriever,
+    manifest: pd.DataFrame,
+    uri: str | Path = "memory://",
+    level: Level = "normalised",
+    embeddings: Embeddings | None = None,
+    cache: Path | None = runs.RUNS / "cache",
+) -> tuple[Index, pd.DataFrame]:
+    """An index of a manifest's clips (rows of `manifests.load_corpora`), in place of one that is there.
+
+    Their ids are the utterances'. By default it is kept in memory alone, for as long as the index is.
+
+    Args:
+        embeddings: of these clips, where they are there already.
+        cache: as `embed`.
+
+    Returns:
+        The index, and the clips that could not be embedded: utterance_id, reason.
+    """
+    from esr_utils.embedding import embed
+    from esr_utils.manifests import to_cuts
+
+    embeddings = embeddings or embed(model, to_cuts(manifest), level, cache)
+    clips = manifest.set_index("utterance_id", drop=False).loc[embeddings.utterance_ids].reset_index(drop=True)
+    clips["id"] = clips["utterance_id"]
+    keys = [str(Path(root) / path) for root, path in zip(clips["root"], clips["path"], strict=True)]
+    index = Index.create(uri, model, level=level, replace=True)
+    groups = clips.groupby(keys, sort=False).indices
+    index.add(Embedded(_stated(key), clips.iloc[rows], embeddings.vectors[rows]) for key, rows in groups.items())
+    return index, embeddings.skipped
+
+
+def model_id(model: Retriever) -> str:
+    """A name for a retriever that another one with the same settings but other weights does not have."""
+    from esr_utils import weights
+
+    config = model.config
+    digest = weights.fingerprint(model)[:16]
+    return f"{model.kind} {config.speech_backbone}+{config.text_backbone} {config.dim}-d {digest}"
+
+
+def _stated(key: str) -> File:
+    """A file by size and time: a manifest's clips are not refreshed, so their content need not be read."""
+    status = os.stat(key)
+    return File(key, Path(key), status.st_size, status.st_mtime_ns, "")
+
+
+def _normalised(vector: NDArray[np.float32], otherwise: str = "the query vector is zero") -> NDArray[np.float32]:
+    length = float(np.linalg.norm(vector))
+    if length < 1e-6:
+        raise QueryError(otherwise)
+    return vector / np.float32(length)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 import esr_utils
@@ -15,7 +16,7 @@ LAYERS = {
     "leaves": (
         "config", "runs", "weights", "styles", "wording", "prompts", "grammar", "metrics", "intervals", "losses",
         "audio_files", "manifest_schema", "text_tables", "modality", "tables", "paper", "processes", "matching",
-        "codebook", "audio_folder", "decoding",
+        "codebook", "audio_folder", "decoding", "nearest", "index_rows", "index_table", "index_snapshot",
     ),
     "data": (
         "manifests", "corpora", "provenance", "batches", "acoustics", "attributes", "captions", "trials", "scoring",
@@ -109,6 +110,7 @@ def test_there_is_no_circle():
         ({"transformers", "tokenizers", "funasr"}, {"speech", "text", "chat", "weights", "mining"}),
         ({"matplotlib", "seaborn"}, {"plots"}),
         ({"accelerate"}, {"fitting", "objective"}),
+        ({"lancedb", "pyarrow"}, {"index", "index_rows", "index_table", "index_snapshot"}),
     ],
 )
 def test_few_modules_know_a_library(libraries, allowed):
@@ -120,6 +122,13 @@ def test_speech_alone_needs_no_models_library():
     """A backbone's own library is imported when such a backbone is loaded."""
     for name in ("speech/__init__", "speech/interface", "speech/logmel"):
         assert not {"transformers", "funasr", "omegaconf"} & {i.split(".")[0] for i in imported(top_level(TREES[name]))}
+
+
+def test_lancedb_is_imported_when_an_index_is_opened():
+    """It takes over a second, and `index` is imported by notebooks that may not search."""
+    for name in ("index", "index_rows", "index_table", "index_snapshot"):
+        outside = [node for node in TREES[name].body if not (isinstance(node, ast.If))]  # `if TYPE_CHECKING`
+        assert "lancedb" not in {i.split(".")[0] for i in imported(outside)}
 
 
 @pytest.mark.parametrize("name", [*MODULES, "__init__"])
@@ -170,3 +179,7 @@ def test_the_one_unpickler_reads_only_tensors():
     (call,) = [n for n in ast.walk(TREES["weights"]) if isinstance(n, ast.Call) and n.func is place]
     given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
     assert place.attr == "load" and given["weights_only"] is True
+
+
+def test_text_in_tables_is_held_by_python_also_where_pandas_finds_pyarrow():
+    assert pd.Series(["text"]).dtype.storage == "python"

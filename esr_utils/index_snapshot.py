@@ -1,0 +1,214 @@
+"""A search index as one search sees it: the moments that counted at one version of the table, and how to rank them."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from esr_utils import nearest
+from esr_utils.index_table import IndexTable, matrix
+
+if TYPE_CHECKING:
+    from lancedb.expr import Expr
+
+_SAMPLE = 4096  # vectors that stand for all of them where not all are scored
+# Of an approximate search, for a recall@10 of 0.95 and more: lists read, and how many times k are scored again exactly.
+_PROBES, _REFINE = 10, 20
+
+Rows = tuple[NDArray[np.uint64], NDArray[np.float32]]
+
+
+class QueryError(ValueError):
+    """A query that cannot be answered; the message says why."""
+
+
+class Snapshot:
+    """The table at the version that it is at now. What is read of it is kept until there is a newer one.
+
+    Attributes:
+        version: of the table.
+        n_moments: how many moments count.
+        columns: of a moment that can be filtered and shown, with their types.
+        has_approximate: whether there is an approximate index.
+    """
+
+    def __init__(self, table: IndexTable) -> None:
+        self.table, self.version = table, table.table.version
+        entries, self._dead, _ = table.entries()
+        self.n_moments = int(entries["file_moments"].sum())
+        self.has_approximate = any("vector" in one.columns for one in table.table.list_indices())
+        self.columns = table.columns()
+        self._vectors: tuple[nearest.Vectors, NDArray[np.uint64], NDArray[np.int64]] | None = None
+        self._random: NDArray[np.float64] | None = None
+        self._groups: dict[str, tuple[NDArray[np.uint64], NDArray[np.int64]]] = {}
+
+    # What counts --------------------------------------------------------------------------------------------
+
+    def alive(self, condition: Expr | None = None) -> Expr:
+        """That a row is a moment that counts and meets a condition."""
+        from lancedb.expr import col, lit
+
+        found = col("written") == lit(0)
+        if self._dead:
+            found = found & ~col("version").isin([lit(version) for version in self._dead])
+        return found if condition is None else found & condition
+
+    def condition(self, where: Mapping[str, Any]) -> Expr | None:
+        """Conditions by column as LanceDB takes them; values go in as literals.
+
+        Raises:
+            QueryError: there is no such column, or a value is not of its type.
+        """
+        from lancedb.expr import col, lit
+
+        found = None
+        for name, wanted in where.items():
+            kind = self._kind(name)
+            if isinstance(wanted, tuple):
+                if len(wanted) != 2 or all(bound is None for bound in wanted):
+                    raise QueryError(f"{name}: a range is (low, high), one of which may be None; this is {wanted!r}")
+                low, high = (None if bound is None else lit(_fitting(name, kind, bound)) for bound in wanted)
+                parts = ([col(name) >= low] if low is not None else []) + (
+                    [col(name) <= high] if high is not None else []
+                )
+            elif isinstance(wanted, list | set | frozenset):
+                parts = [col(name).isin([lit(_fitting(name, kind, value)) for value in wanted])]
+            else:
+                parts = [col(name) == lit(_fitting(name, kind, wanted))]
+            for part in parts:
+                found = part if found is None else found & part
+        return found
+
+    def _kind(self, column: object) -> pa.DataType:
+        if column not in self.columns:
+            raise QueryError(f"there is no column {column!r}; this index has {', '.join(self.columns)}")
+        return self.columns[column]
+
+    # Ranking ------------------------------------------------------------------------------------------------
+
+    def exact(self, vector: NDArray[np.float32], condition: Expr | None) -> Scored:
+        """All moments scored; the share below is right to the last moment, but with a condition only to about 0.001."""
+        vectors, row_ids, order = self._loaded()
+        scores, errors = vectors.scores(vector)
+        places = None
+        if condition is not None:
+            met = _joined(
+                batch["_rowid"].to_numpy() for batch in self.table.batches(["version"], self.alive(condition))
+            )
+            places = np.sort(order[np.searchsorted(row_ids, met, sorter=order)])  # ties keep the order of the table
+
+        def best(n: int) -> Rows:
+            some = slice(None) if places is None else places
+            rows = nearest.candidates(scores[some], errors[some], n)
+            rows = rows if places is None else places[rows]
+            scores[rows] = _products(self.table.vectors(row_ids[rows]), vector)
+            errors[rows] = 0
+            rows = rows[nearest.best(scores[rows], n)]
+            return row_ids[rows], scores[rows]
+
+        return Scored(best, scores)
+
+    def approximate(self, vector: NDArray[np.float32], condition: Expr | None) -> Scored:
+        """The best found by the approximate index, and scored exactly; the share below is that of a sample."""
+        condition = self.alive(condition) if condition is not None or self._dead else None
+
+        def best(n: int) -> Rows:
+            search = self.table.table.search(vector, vector_column_name="vector").distance_type("dot")
+            if condition is not None:
+                search = search.where(condition, prefilter=True)
+            search = search.limit(n).nprobes(_PROBES).refine_factor(_REFINE)
+            found = search.select(["version", "_distance"]).with_row_id(True).to_arrow()
+            return found["_rowid"].to_numpy(), (1 - found["_distance"].to_numpy()).astype(np.float32)
+
+        return Scored(best, _products(self.sample(), vector))
+
+    def sample(self) -> NDArray[np.float64]:
+        """(n, d), at most 4096 of the vectors, drawn with seed 0."""
+        if self._random is None:
+            rows = self.table.table.count_rows()
+            drawn = np.random.default_rng(0).choice(rows, min(rows, _SAMPLE), replace=False)
+            found = self.table.table.take_offsets(np.sort(drawn).tolist()).select(["vector", "version"]).to_arrow()
+            alive = pc.and_(
+                pc.is_valid(found["vector"]),
+                pc.invert(pc.is_in(found["version"], pa.array(self._dead, pa.int64()))),
+            )
+            self._random = matrix(found["vector"].filter(alive), self.table.about["dim"]).astype(np.float64)
+        return self._random
+
+    def first_of_each(self, rows: NDArray[np.uint64], column: str) -> NDArray[np.int64]:
+        """Places of those rows before which none has the same value in a column; rows without a value all stay."""
+        self._kind(column)
+        if column not in self._groups:
+            self._groups[column] = self._codes(column)
+        row_ids, codes = self._groups[column]
+        codes = codes[np.searchsorted(row_ids, rows)]
+        return np.sort(np.unique(codes, return_index=True)[1])
+
+    def _codes(self, column: str) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+        """Row ids, ascending, and a number for each row's value; each empty value has one of its own."""
+        found = list(self.table.batches([column], self.alive()))
+        if not found:
+            return np.zeros(0, np.uint64), np.zeros(0, np.int64)
+        found = pa.Table.from_batches(found)
+        row_ids, values = found["_rowid"].to_numpy(), found[column].combine_chunks().dictionary_encode()
+        codes = values.indices.fill_null(-1).to_numpy().astype(np.int64)
+        codes = np.where(codes < 0, -1 - np.arange(len(codes)), codes)
+        order = np.argsort(row_ids)
+        return row_ids[order], codes[order]
+
+    def _loaded(self) -> tuple[nearest.Vectors, NDArray[np.uint64], NDArray[np.int64]]:
+        """All vectors, read into memory once; their row ids; and the order that sorts these."""
+        if self._vectors is None:
+            dim, row_ids = self.table.about["dim"], []
+            vectors = nearest.Vectors(self.n_moments, dim)
+            for batch in self.table.batches(["vector"], self.alive()):
+                vectors.add(matrix(batch["vector"], dim))
+                row_ids.append(batch["_rowid"].to_numpy().copy())  # itself it would keep the whole batch in memory
+            row_ids = _joined(row_ids)
+            self._vectors = vectors, row_ids, np.argsort(row_ids)
+        return self._vectors
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The answer to a query, of which the first n can be asked for.
+
+    Attributes:
+        best: from n to the row ids and scores of the n best, best first, and of all that tie with the last.
+        scores: of the whole index, or of a sample of it.
+    """
+
+    best: Callable[[int], Rows]
+    scores: NDArray[np.float32]
+
+
+def _fitting(column: str, kind: pa.DataType, value: object) -> str | float | int | bool:
+    """A value as its column's type has it."""
+    if pa.types.is_string(kind) and isinstance(value, str):
+        return str(value)
+    if pa.types.is_boolean(kind) and isinstance(value, bool | np.bool_):
+        return bool(value)
+    number = isinstance(value, numbers.Real | np.number) and not isinstance(value, bool) and math.isfinite(value)
+    if number and pa.types.is_floating(kind):
+        return float(value)
+    if number and pa.types.is_integer(kind):
+        return int(value) if float(value).is_integer() else float(value)
+    raise QueryError(f"column {column!r} is of type {kind}; {value!r} is no value of it")
+
+
+def _products(vectors: NDArray[np.floating], query: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(n,) scores. In fp64 they do not depend on what stands beside a vector, and by einsum no threads are started,
+    which would wait for work in the way of LanceDB's."""
+    return np.einsum("nd,d->n", vectors.astype(np.float64, copy=False), query.astype(np.float64)).astype(np.float32)
+
+
+def _joined(parts: Iterable[NDArray[np.uint64]]) -> NDArray[np.uint64]:
+    return np.concatenate([np.zeros(0, np.uint64), *parts])

@@ -1,0 +1,400 @@
+"""The table of an index: what is written is there whole or not at all, whoever writes, and nothing else is let in."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from esr_utils import index_table, runs
+from esr_utils.audio_folder import file_key, find_audio, path_of
+from esr_utils.index_rows import Changes, Embedded, File, IndexUnusable, IndexWriteError, moment_id
+from esr_utils.index_table import IndexTable
+
+DIM = 8
+
+
+def unit(n: int, seed: int = 0, dim: int = DIM) -> np.ndarray:
+    vectors = np.random.default_rng(seed).standard_normal((n, dim))
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def made(key: str, n: int, seed: int = 0, problem: str = "", sha256: str = "", **columns) -> Embedded:
+    start = np.arange(n, dtype=float)
+    moments = pd.DataFrame({"start_s": start, "end_s": start + 1, "channel": 0, **columns})
+    return Embedded(File(key, Path(key), 10, 20, sha256), moments, unit(n, seed), None, problem)
+
+
+def of_files(files):
+    """An embedder: two moments a file."""
+    for file in files:
+        yield Embedded(file, made(file.key, 2).moments, unit(2, int(file.sha256[:8], 16)))
+
+
+@pytest.fixture
+def table(tmp_path) -> IndexTable:
+    return IndexTable.create_named(tmp_path / "index", "model one", DIM)
+
+
+def moments(table: IndexTable) -> dict[str, int]:
+    """What a new reader finds: moments by file; and nothing dead may be left."""
+    found = IndexTable.open_named(table.uri)
+    entries, dead, stale = found.entries()
+    assert not dead and not stale
+    rows = found.table.to_pandas().query("written == 0")
+    assert rows["id"].is_unique
+    assert rows.groupby("file").size().reindex(entries.index).fillna(0).tolist() == entries["file_moments"].tolist()
+    return dict(zip(entries.index, entries["file_moments"], strict=True))
+
+
+# Opening ----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_without_an_index_is_refused_and_left_as_it_is(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for folder in ("empty", "nothing"):
+        with pytest.raises(IndexUnusable, match=f"{folder} holds no index: make one"):
+            IndexTable.open_named(tmp_path / folder)
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_an_index_that_is_there_is_not_overwritten_unless_asked(table):
+    table.add([made("a.wav", 3)])
+    for other, message in (
+        ({"model": "model two"}, "model 'model one', not 'model two'"),
+        ({"pooled": 4}, "pooled 0, not 4"),
+    ):
+        with pytest.raises(IndexUnusable, match=f"was made with {message}"):
+            IndexTable.create_named(table.uri, **{"model": "model one", "dim": DIM} | other)
+    assert moments(IndexTable.create_named(table.uri, "model one", DIM)) == {"a.wav": 3}
+    IndexTable.create_named(table.uri, "model two", DIM, replace=True)
+    assert moments(table) == {}
+    with pytest.raises(IndexUnusable, match="replaced by an index of model 'model two' while one of 'model one'"):
+        table.add([made("a.wav", 3)])
+
+
+def test_an_index_of_another_model_or_dimension_is_refused_with_both_names(table):
+    assert IndexTable.open_named(table.uri, model="model one", dim=DIM).about == table.about
+    with pytest.raises(IndexUnusable, match="made with model 'model one', not 'model two'"):
+        IndexTable.open_named(table.uri, model="model two", dim=DIM)
+    with pytest.raises(IndexUnusable, match="made with dim 8, not 16"):
+        IndexTable.open_named(table.uri, model="model one", dim=16)
+
+
+def test_an_index_of_another_format_is_refused_with_both(tmp_path, monkeypatch):
+    monkeypatch.setattr(index_table, "FORMAT", 7)
+    IndexTable.create_named(tmp_path / "index", "model one", DIM)
+    monkeypatch.undo()
+    with pytest.raises(IndexUnusable, match="is an index of format 7; this program reads format 1"):
+        IndexTable.open_named(tmp_path / "index")
+
+
+def test_a_table_of_somebody_else_is_refused(tmp_path):
+    import lancedb
+
+    lancedb.connect(tmp_path).create_table("moments", schema=pa.schema([("x", pa.int64())]))
+    with pytest.raises(IndexUnusable, match="is no index of this program"):
+        IndexTable.open_named(tmp_path)
+
+
+def test_a_damaged_table_is_refused(table):
+    table.add([made("a.wav", 3)])
+    for manifest in Path(table.uri).rglob("*.manifest"):
+        manifest.write_bytes(b"no manifest at all")
+    with pytest.raises(IndexUnusable, match="cannot be read as an index"):
+        IndexTable.open_named(table.uri)
+
+
+def test_a_place_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(IndexWriteError, match="cannot be written here"):
+        IndexTable.create_named(tmp_path / "file" / "index", "model one", DIM)
+
+
+# Writing ----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_added_is_there_with_all_columns(table):
+    given = made(
+        'a\'b\n"c".wav', 3, speaker=["x", None, "y"], loud=[1.5, np.nan, 2], turn=[1, 2, 3], last=[True, False, True]
+    )
+    assert table.add([given, made("silent.wav", 0, problem="holds no speech")]) == 2
+    rows = IndexTable.open_named(table.uri).table.to_pandas().query("written == 0").sort_values("start_s")
+    assert set(rows["file"]) == {'a\'b\n"c".wav'} and set(rows["model"]) == {"model one"}
+    assert rows["speaker"].fillna("none").tolist() == ["x", "none", "y"]
+    assert rows["loud"].fillna(-1).tolist() == [1.5, -1, 2] and rows["turn"].tolist() == [1, 2, 3]
+    assert rows["last"].tolist() == [True, False, True]
+    assert (np.stack(rows["vector"]) == given.vectors.astype(np.float16)).all() and rows["vector"].iloc[0].dtype == "f2"
+    assert rows["id"].tolist() == [moment_id('a\'b\n"c".wav', 0, float(i), i + 1.0) for i in range(3)]
+    files = table.files()
+    assert files["problem"].to_dict() == {'a\'b\n"c".wav': "", "silent.wav": "holds no speech"}
+    assert files.loc["silent.wav", ["size", "mtime_ns", "moments"]].tolist() == [10, 20, 0]
+
+
+def test_pooled_features_are_kept_beside_the_vectors(tmp_path):
+    table = IndexTable.create_named(tmp_path / "index", "model one", DIM, pooled=24)
+    one, features = made("a.wav", 3), unit(3, 1, 24) * 7
+    table.add([Embedded(one.file, one.moments, one.vectors, features), made("b.wav", 0)])
+    rows = table.table.to_pandas().query("written == 0")
+    assert (np.stack(rows["pooled"]) == features.astype(np.float16)).all()
+    with pytest.raises(IndexUnusable, match=r"c.wav: pooled is of shape \(\); this index takes \(3, 24\)"):
+        table.add([made("c.wav", 3)])
+
+
+def test_a_file_added_again_is_replaced(table):
+    table.add([made("a.wav", 3), made("b.wav", 2)])
+    table.add([made("a.wav", 5, seed=1), made("c.wav", 1), made("c.wav", 4)])
+    assert moments(table) == {"a.wav": 5, "b.wav": 2, "c.wav": 4}
+    table.add([made("a.wav", 0, problem="unreadable")])
+    assert moments(table) == {"a.wav": 0, "b.wav": 2, "c.wav": 4}
+
+
+def test_files_are_deleted_by_whatever_name_they_have(table):
+    names = ["x' OR '1'='1", 'a"b', "c\nd", "e", "f; DROP TABLE moments", "%"]
+    table.add([made(name, 2) for name in names])
+    assert table.delete_files(["x' OR '1'='1", "nothing", "e", "e"]) == 2
+    assert moments(table) == dict.fromkeys(['a"b', "c\nd", "f; DROP TABLE moments", "%"], 2)
+    assert table.delete_files(['a"b', "c\nd", "%"]) == 3 and set(moments(table)) == {"f; DROP TABLE moments"}
+
+
+def test_what_was_embedded_before_an_interruption_is_kept(table):
+    def interrupted():
+        yield made("a.wav", 3)
+        yield made("b.wav", 1)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        table.add(interrupted())
+    assert moments(table) == {"a.wav": 3, "b.wav": 1}
+
+
+def test_commits_are_made_on_the_way(table, monkeypatch):
+    monkeypatch.setattr(index_table, "_COMMIT_ROWS", 4)
+    seen = []
+
+    def watched():
+        for i in range(4):
+            yield made(f"{i}.wav", 2)
+            seen.append(len(moments(table)))
+
+    table.add(watched())
+    assert seen == [0, 2, 2, 4]
+
+
+def test_many_small_commits_are_joined(table, monkeypatch):
+    monkeypatch.setattr(index_table, "_COMMIT_ROWS", 1)
+    monkeypatch.setattr(index_table, "_SMALL_FRAGMENTS", 5)
+    table.add(made(f"{i}.wav", 2) for i in range(8))
+    assert len(moments(table)) == 8 and table.table.stats()["fragment_stats"]["num_fragments"] == 1
+
+
+def test_dead_rows_of_every_kind_are_never_seen_and_then_swept(table):
+    """As two writers, or a kill between two commits, leave them."""
+    table.add([made("a.wav", 3), made("b.wav", 2)])
+    table.append([made("a.wav", 4)])  # the older three are dead
+    table.touch([File("b.wav", Path(), 10, 99, "")])
+    table.touch([File("b.wav", Path(), 10, 98, "")])  # written later, so this is what counts
+    entries, dead, stale = table.entries()
+    assert entries["file_moments"].to_dict() == {"a.wav": 4, "b.wav": 2} and len(dead) == 1 and len(stale) == 2
+    assert entries.loc["b.wav", "file_mtime_ns"] == 98
+    version = entries.loc["b.wav", "version"]
+    table.table.delete(f"version = {version} AND start_s = 1")  # nothing here does such a thing
+    assert set(table.files().index) == {"a.wav"}  # so that b.wav is embedded again
+    table.add([])
+    assert moments(table) == {"a.wav": 4}
+
+
+@pytest.mark.parametrize(
+    ("embedded", "message"),
+    [
+        (Embedded(made("a", 2).file, made("a", 2).moments, unit(3)), r"vector is of shape \(3, 8\); .* takes \(2, 8\)"),
+        (Embedded(made("a", 2).file, made("a", 2).moments, unit(2, dim=9)), r"vector is of shape \(2, 9\)"),
+        (Embedded(made("a", 2).file, made("a", 2).moments, unit(2) * np.nan), "not finite"),
+        (Embedded(made("a", 2).file, made("a", 2).moments, unit(2) * 2), "not of unit length"),
+        (Embedded(made("a", 2).file, made("a", 1).moments.iloc[[0, 0]], unit(2)), "the same moment .* is there twice"),
+        (made("a", 2, speaker=[1.5, 2]), "column 'speaker' of this index is of type string"),
+        (made("a", 2, score=[1, 2]), "column 'score' cannot be in an index"),
+        (made("a", 2, **{"a b": "x"}), "column 'a b' cannot be in an index"),
+        (made("a", 2, **{"x = 1 OR y": "x"}), "cannot be in an index"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_nothing_of_it_written(table, embedded, message):
+    with pytest.raises(IndexUnusable, match=message):
+        table.add([embedded])
+    assert moments(table) == {}
+
+
+# Refreshing -------------------------------------------------------------------------------------------------
+
+
+NAMES = ["audio/a", "audio/b'\n", "audio/c", "audio/d"]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    (tmp_path / "audio").mkdir()
+    for name in ("a", "b'\n", "c", "d"):
+        (tmp_path / "audio" / name).write_text(f"content of {name}")
+    return tmp_path / "audio"
+
+
+def found(folder: Path) -> list[tuple[str, Path]]:
+    return [(f"audio/{path.name}", path) for path in sorted(folder.iterdir())]
+
+
+def test_a_refresh_embeds_what_is_new_or_changed_and_drops_what_is_gone(table, folder):
+    asked = []
+
+    def embedder(files):
+        for file in files:
+            asked.append(file.key)
+            yield from of_files([file])
+
+    assert [key for key, _ in table.refresh("audio", found(folder), embedder).new] == NAMES == asked
+    asked.clear()
+    assert table.refresh("audio", found(folder), embedder) == Changes(unchanged=4) and not asked
+    (folder / "a").write_text("content of A")
+    (folder / "c").unlink()
+    (folder / "e").write_text("new")
+    os.utime(folder / "d", ns=(1, 1))
+    changes = table.refresh("audio", found(folder), embedder)
+    assert asked == ["audio/a", "audio/e"] and changes.gone == ["audio/c"] and changes.unchanged == 1
+    assert [file.key for file in changes.touched] == ["audio/d"] and [file.key for file in changes.changed] == [
+        "audio/a"
+    ]
+    assert moments(table) == dict.fromkeys(["audio/a", "audio/b'\n", "audio/d", "audio/e"], 2)
+    assert table.refresh("audio", found(folder), embedder) == Changes(unchanged=4)
+    vectors = table.table.to_pandas().query("written == 0 and file == 'audio/a'")["vector"]
+    digest = File.read("audio/a", folder / "a").sha256
+    assert (np.stack(vectors) == unit(2, int(digest[:8], 16)).astype(np.float16)).all()
+
+
+def test_a_refresh_of_one_folder_or_file_leaves_those_of_others(table, folder):
+    others = ["other/x", "audio 2/x", "audio.wav", "x/audio/y"]
+    table.add(made(key, 1) for key in [*others, "audio/gone", "audio/below/gone"])
+    changes = table.refresh("audio", found(folder), of_files)
+    assert sorted(changes.gone) == ["audio/below/gone", "audio/gone"]
+    assert moments(table) == dict.fromkeys(others, 1) | dict.fromkeys(NAMES, 2)
+    assert table.refresh("audio/", found(folder), of_files) == Changes(unchanged=4)
+    assert table.refresh("audio/a", found(folder)[:1], of_files) == Changes(unchanged=1)
+    assert table.refresh("audio/a", [], of_files).gone == ["audio/a"] and "audio/c" in moments(table)
+    with pytest.raises(ValueError, match="'other/x' is not below 'audio'"):
+        table.refresh("audio", [("other/x", folder / "a")], of_files)
+
+
+def test_two_folders_with_files_of_the_same_names_are_kept_apart_by_keys_from_the_root(table, folder):
+    (folder / "c.wav").touch()
+    (folder.parent / "audio two").mkdir()
+    (folder.parent / "audio two" / "c.wav").touch()
+    for place in (folder, folder.parent / "audio two", folder / "c.wav"):
+        paths = [path for _, path in find_audio(place)[0]]
+        changes = table.refresh(file_key(place, "/"), [(file_key(path, "/"), path) for path in paths], of_files)
+        assert not changes.gone
+    assert {path_of(key, "/") for key in moments(table)} == {folder / "c.wav", folder.parent / "audio two" / "c.wav"}
+
+
+def test_a_file_that_could_not_be_used_is_not_tried_again_before_it_changes(table, folder):
+    def embedder(files):
+        return (Embedded(file, pd.DataFrame(), np.zeros((0, DIM)), problem="no speech") for file in files)
+
+    table.refresh("audio", found(folder), embedder)
+    assert set(table.files()["problem"]) == {"no speech"}
+    assert table.refresh("audio", found(folder), embedder).unchanged == 4
+
+
+def test_what_cannot_be_read_is_said_and_what_is_known_of_it_stays(table, folder):
+    table.refresh("audio", found(folder), of_files)
+    (folder / "a").unlink()
+    (folder / "b'\n").unlink()
+    (folder / "b'\n").symlink_to(folder / "b'\n")  # a loop
+    listed = [("audio/a", folder / "a"), *found(folder), ("audio/new", folder / "new")]
+    changes = table.refresh("audio", listed, of_files)
+    reasons = dict(changes.unreadable)
+    assert (
+        "No such file" in reasons["audio/a"]
+        and "symbolic links" in reasons["audio/b'\n"]
+        and "No such file" in reasons["audio/new"]
+    )
+    assert moments(table) == dict.fromkeys(NAMES, 2)
+
+
+# Several processes, kills, full disks -----------------------------------------------------------------------
+
+
+def write_many(uri: str, name: str, start) -> None:
+    index_table._COMMIT_ROWS = 4
+    start.wait()
+    table = IndexTable.create_named(uri, "model one", DIM)
+    table.add(made(f"{name}-{i}", 3, colour=name) for i in range(12))
+    table.add(made(f"shared-{i}", 3, seed=i, **{f"of_{name}": i}) for i in range(6))
+    table.delete_files([f"{name}-0"])
+
+
+def test_two_processes_that_make_one_index_and_write_at_once_lose_and_double_nothing(tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["esr_utils.index_table", "lance_namespace", "pyarrow.dataset"])
+    expected = [f"{name}-{i}" for name in ("one", "two") for i in range(1, 12)] + [f"shared-{i}" for i in range(6)]
+    for i in range(2):
+        uri, start = str(tmp_path / f"{i}"), context.Barrier(2)
+        writers = [context.Process(target=write_many, args=(uri, name, start)) for name in ("one", "two")]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            writer.join(60)
+            assert writer.exitcode == 0
+        assert moments(IndexTable.open_named(uri)) == dict.fromkeys(expected, 3)
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+import numpy as np, pandas as pd
+from esr_utils.index_rows import Embedded, File, IndexWriteError
+from esr_utils.index_table import IndexTable
+table = IndexTable.open_named(sys.argv[1])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+moments = pd.DataFrame({"start_s": np.arange(20_000.0), "end_s": np.arange(20_000.0) + 1})
+vectors = np.random.default_rng(0).standard_normal((20_000, 8))
+vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+try:
+    table.add([Embedded(File("large", Path(), 1, 1, ""), moments, vectors)])
+except IndexWriteError as error:
+    print(error)
+"""
+
+
+def test_a_write_that_fails_says_so_and_leaves_the_index_as_it_was(table):
+    """A limit on the size of files stands for a disk that is full."""
+    table.add([made("a.wav", 3)])
+    environment = os.environ | {"PYTHONPATH": str(runs.PROJECT)}
+    done = subprocess.run([sys.executable, "-c", FULL, table.uri], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "writing failed, and the index is as it was before" in done.stdout and "File too large" in done.stdout
+    assert ".rs:" not in done.stdout and not done.stderr
+    assert moments(table) == {"a.wav": 3}
+    table.add([made("b.wav", 2)])
+    assert moments(table) == {"a.wav": 3, "b.wav": 2}
+
+
+def test_the_index_says_what_it_was_made_with(table):
+    assert table.about == {"format": 1, "model": "model one", "dim": DIM, "pooled": 0, "level": "normalised"}
+    assert json.loads(table.table.schema.metadata[b"esr"]) == table.about
+
+
+def test_what_is_written_later_counts_also_by_a_clock_that_is_behind(table, monkeypatch):
+    table.add([made("a.wav", 3)])
+    monkeypatch.setattr(index_table.time, "time_ns", lambda: 1000)
+    IndexTable.open_named(table.uri).add([made("a.wav", 5)])
+    table.append([made("b.wav", 1)])
+    table.append([made("b.wav", 2)])
+    table.add([])
+    assert moments(table) == {"a.wav": 5, "b.wav": 2}
