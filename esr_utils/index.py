@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from esr_utils import nearest, runs
+from esr_utils.audio_folder import absolute_key, absolute_path
 from esr_utils.config import Level
 from esr_utils.index_rows import Embedded, File
 from esr_utils.index_snapshot import QueryError, Snapshot
@@ -52,10 +53,16 @@ class Index(IndexTable):
 
     @classmethod
     def create(
-        cls, uri: str | Path, model: Retriever, pooled: int = 0, level: Level = "normalised", replace: bool = False
+        cls,
+        uri: str | Path,
+        model: Retriever,
+        pooled: int = 0,
+        level: Level = "normalised",
+        replace: bool = False,
+        run: str = "",
     ) -> Self:
         """A new index for what this retriever makes, or the one that is there; as `IndexTable.create_named`."""
-        found = cls.create_named(uri, model_id(model), model.config.dim, pooled, level, replace)
+        found = cls.create_named(uri, model_id(model), model.config.dim, pooled, level, replace, run)
         found.model = model
         return found
 
@@ -307,7 +314,7 @@ def build(
     embeddings = embeddings or embed(model, to_cuts(manifest), level, cache)
     clips = manifest.set_index("utterance_id", drop=False).loc[embeddings.utterance_ids].reset_index(drop=True)
     clips["id"] = clips["utterance_id"]
-    keys = [str(Path(root) / path) for root, path in zip(clips["root"], clips["path"], strict=True)]
+    keys = [absolute_key(Path(root) / path) for root, path in zip(clips["root"], clips["path"], strict=True)]
     index = Index.create(uri, model, level=level, replace=True)
     groups = clips.groupby(keys, sort=False).indices
     index.add(Embedded(_stated(key), clips.iloc[rows], embeddings.vectors[rows]) for key, rows in groups.items())
@@ -325,8 +332,9 @@ def model_id(model: Retriever) -> str:
 
 def _stated(key: str) -> File:
     """A file by size and time: a manifest's clips are not refreshed, so their content need not be read."""
-    status = os.stat(key)
-    return File(key, Path(key), status.st_size, status.st_mtime_ns, "")
+    path = absolute_path(key)
+    status = os.stat(path)
+    return File(key, path, status.st_size, status.st_mtime_ns, "")
 
 
 def _normalised(vector: NDArray[np.float32], otherwise: str = "the query vector is zero") -> NDArray[np.float32]:

@@ -386,7 +386,7 @@ def test_a_write_that_fails_says_so_and_leaves_the_index_as_it_was(table):
 
 
 def test_the_index_says_what_it_was_made_with(table):
-    assert table.about == {"format": 1, "model": "model one", "dim": DIM, "pooled": 0, "level": "normalised"}
+    assert table.about == {"format": 1, "model": "model one", "dim": DIM, "pooled": 0, "level": "normalised", "run": ""}
     assert json.loads(table.table.schema.metadata[b"esr"]) == table.about
 
 
