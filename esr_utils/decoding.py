@@ -123,13 +123,14 @@ def read_spans(path: Path, spans: Sequence[tuple[float, float | None]]) -> tuple
     """
     _check_file(path)
     try:
-        rate = soundfile.info(sndfile_name(path)).samplerate
+        info = soundfile.info(sndfile_name(path))
     except (soundfile.LibsndfileError, TypeError):
         return _pass_over(path, spans)
-    pieces = []
+    rate, pieces = info.samplerate, []
     for start, end in spans:
-        blocks = read_blocks(path, round(start * rate), None if end is None else round(end * rate))
-        pieces.append(np.concatenate([*blocks] or [np.zeros((0, 1), np.float32)]))
+        first = min(round(start * rate), info.frames)
+        blocks = read_blocks(path, first, None if end is None else round(end * rate))
+        pieces.append(np.concatenate([*blocks] or [np.zeros((0, info.channels), np.float32)]))
     return pieces, rate
 
 
