@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.utils.rnn import pad_sequence
 
-from esr_utils import retriever, runs, training
+from esr_utils import retriever, runs
 from esr_utils.audio_files import AudioError
 from esr_utils.audio_folder import absolute_key, absolute_path, find_audio
 from esr_utils.batches import BadAudio, prepared
@@ -57,6 +57,8 @@ def load_retriever(run: str | Path | None = None, device: str = "auto") -> tuple
     """
     folder = runs.run_folder(run or DEFAULT_RUN)
     if run is None:
+        from esr_utils import training  # here: a search starts faster without it
+
         model, settings = training.load_run(DEFAULT_RUN, device)
     else:
         model = retriever.load(folder / "best", runs.pick_device(device))
