@@ -13,6 +13,7 @@ is told in `index_table`. Embedding is the caller's: `refresh` and `add` take it
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,12 +22,15 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import pandas as pd
 import pyarrow.compute as pc
+import soundfile
 import torch
 from numpy.typing import NDArray
 
 from esr_utils import nearest, runs
-from esr_utils.audio_folder import absolute_key, absolute_path
+from esr_utils.audio_files import AudioError
+from esr_utils.audio_folder import absolute_key, absolute_path, printable
 from esr_utils.config import Level
+from esr_utils.decoding import read_spans
 from esr_utils.index_rows import Embedded, File
 from esr_utils.index_snapshot import QueryError, Snapshot
 from esr_utils.index_table import IndexTable
@@ -232,8 +236,8 @@ class Index(IndexTable):
             raise QueryError("this index was opened without a model, which an audio file needs: Index.open(uri, model)")
         try:
             recording = Recording.from_file(path)
-        except Exception as error:
-            raise QueryError(f"{path} is no readable audio file: {error}") from None
+        except Exception:  # what lhotse does not read, perhaps ffmpeg does
+            recording = Recording.from_bytes(_as_wav(path), str(path))
         cut = recording.to_cut()  # of all channels, which are averaged
         cut.custom = {"utterance_id": str(path), "style": ""}
         found = embed(self.model, CutSet.from_cuts([cut]), self.about["level"], cache=None)
@@ -335,6 +339,17 @@ def _stated(key: str) -> File:
     path = absolute_path(key)
     status = os.stat(path)
     return File(key, path, status.st_size, status.st_mtime_ns, "")
+
+
+def _as_wav(path: Path) -> bytes:
+    """A file of any kind as WAV, in memory."""
+    wav = io.BytesIO()
+    try:
+        (samples,), rate = read_spans(path, [(0.0, None)])
+    except AudioError as error:
+        raise QueryError(f"{printable(path)} is no readable audio file: it {error}") from None
+    soundfile.write(wav, samples, rate, format="WAV", subtype="FLOAT")
+    return wav.getvalue()
 
 
 def _normalised(vector: NDArray[np.float32], otherwise: str = "the query vector is zero") -> NDArray[np.float32]:

@@ -257,7 +257,7 @@ class IndexTable:
         before = {key: file for key, file in known if _is_below(key, places)}
         for key, path in found:
             if not _is_below(key, places):
-                raise ValueError(f"{key!r} is not below {', '.join(places)}, which is refreshed")
+                raise ValueError(f"{key!r} is not below {', '.join(map(repr, places))}, which is refreshed")
             seen.add(key)
             try:
                 status = os.stat(path)

@@ -7,7 +7,7 @@
     recordings.export(index.search("a tired, sarcastic answer"), "clips")
 
 Embedding is fast where clips of like length are side by side, while files are short, long or without speech. So the
-moments of many files wait together, up to ten minutes of speech, and are embedded by length; each file is written when
+moments of many files wait together, up to five minutes of speech, and are embedded by length; each file is written when
 all of its own are through.
 """
 
@@ -39,9 +39,9 @@ from esr_utils.moments import MIN_S, Channels, moments
 from esr_utils.retriever import Retriever
 
 DEFAULT_RUN = runs.DEFAULT_RUN  # whose retriever makes an index where no run is named
-POOL_S = 600.0  # seconds of speech that wait to be embedded: 38 MB
+POOL_S = 300.0  # seconds of speech that wait to be embedded: 19 MB
 WAIT_S = 20.0  # seconds after which what waits is embedded, however little it is
-BATCH_S = 64.0  # seconds a forward pass, with what is padded
+BATCH_S = 16.0  # seconds a forward pass, with what is padded: more is no faster on a CPU, and takes more memory
 
 Progress = Callable[[int, int, float], None]
 

@@ -225,8 +225,8 @@ def test_what_is_asked_for_is_what_the_index_is_asked(esr, filled, folder):
     assert found(QUERY, "--one-per", "file") == expected(QUERY, one_per="file")
     assert found(QUERY, "--offset", "2") == expected(QUERY, offset=2)
     assert found(QUERY, "--where", f"file={call}") == expected(QUERY, where={"file": call})
-    where = ("--where", "channel=1", "--where", "start_s=1..5.5", "--where", "end_s=..6")
-    assert found(QUERY, *where) == expected(QUERY, where={"channel": 1, "start_s": (1, 5.5), "end_s": (None, 6)})
+    where = ("--where", "channel=1", "--where", "start_s=0..5.5", "--where", "end_s=..8")
+    assert found(QUERY, *where) == expected(QUERY, where={"channel": 1, "start_s": (0, 5.5), "end_s": (None, 8)})
     several = ("--where", "channel=0", "--where", "channel=1", "--where", "start_s=2..")
     assert found(QUERY, *several) == expected(QUERY, where={"channel": [0, 1], "start_s": (2, None)})
     first = expected(QUERY)[0]

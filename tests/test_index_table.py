@@ -286,6 +286,8 @@ def test_a_refresh_of_one_folder_or_file_leaves_those_of_others(table, folder):
     assert table.refresh("audio/", found(folder), of_files) == Changes(unchanged=4)
     assert table.refresh("audio/a", found(folder)[:1], of_files) == Changes(unchanged=1)
     assert table.refresh("audio/a", [], of_files).gone == ["audio/a"] and "audio/c" in moments(table)
+    several = table.changes(["other", "audio/a"], [("other/new", folder / "a"), *found(folder)[:1]])
+    assert [key for key, _ in several.new] == ["other/new", "audio/a"] and several.gone == ["other/x"]
     with pytest.raises(ValueError, match="'other/x' is not below 'audio'"):
         table.refresh("audio", [("other/x", folder / "a")], of_files)
 
