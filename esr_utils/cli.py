@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -36,7 +37,8 @@ exit codes:
 INDEX = """
 Folders are gone through with all below them: wav, flac, ogg, opus, mp3, and with ffmpeg m4a, mp4, mkv and more.
 Speech is cut into moments of 1 to 10 s. Run it again at any time: only what is new or changed is embedded, what is
-gone is dropped, and what was interrupted is completed.
+gone is dropped, and what was interrupted is completed. A labels.csv in a folder, with a column path, gives the moments
+of its files columns such as speaker; rows with start_s and end_s tell of a part of a file.
 
 examples:
   esr index ~/podcast --index podcast.index
@@ -98,11 +100,12 @@ def _code(error: Exception) -> int | None:
     from esr_utils.config import ConfigError
     from esr_utils.index_rows import IndexUnusable
     from esr_utils.index_snapshot import QueryError
+    from esr_utils.recording_labels import LabelsError
     from esr_utils.weights import WeightsError
 
     if isinstance(error, UsageError | QueryError):
         return USAGE
-    return ERROR if isinstance(error, NoAudio | IndexUnusable | WeightsError | ConfigError) else None
+    return ERROR if isinstance(error, NoAudio | LabelsError | IndexUnusable | WeightsError | ConfigError) else None
 
 
 def _say(message: str) -> None:
@@ -126,15 +129,16 @@ def _index(options: argparse.Namespace) -> int:
     files = index.files()
     about = {
         "embedded": report.embedded, "moments": report.moments, "speech_s": round(report.speech_s, 3),
-        "unchanged": report.unchanged, "removed": report.removed, "problems": report.problems,
-        "left_out": report.left_out, "files_in_index": len(files), "moments_in_index": int(files["moments"].sum()),
+        "unchanged": report.unchanged, "relabelled": report.relabelled, "removed": report.removed,
+        "problems": report.problems, "left_out": report.left_out,
+        "files_in_index": len(files), "moments_in_index": int(files["moments"].sum()),
     }  # fmt: skip
     if options.json:
         _print_json(about)
     else:
         print(
             f"{report.embedded} files embedded ({report.moments} moments, {report.speech_s / 3600:.2f} h of speech), "
-            f"{report.unchanged} unchanged, {report.removed} removed, "
+            f"{report.unchanged} unchanged ({report.relabelled} with other labels), {report.removed} removed, "
             f"{len(report.problems) + len(report.left_out)} with problems; "
             f"{options.index} holds {about['moments_in_index']} moments of {len(files)} files"
         )
@@ -142,22 +146,30 @@ def _index(options: argparse.Namespace) -> int:
 
 
 class _Bar:
-    """Progress on stderr, where that is a terminal."""
+    """Progress on stderr, where that is a terminal; and an end at Ctrl-C, also where a library has swallowed that."""
 
     def __enter__(self) -> Callable[[int, int, float], None]:
         from tqdm import tqdm
 
-        self.started = time.monotonic()
+        self.started, self.interrupted = time.monotonic(), False
+        self.before = signal.signal(signal.SIGINT, self.interrupt)
         self.bar = tqdm(unit="file", miniters=0, disable=not sys.stderr.isatty())
         return self.show
 
+    def interrupt(self, *_: object) -> None:
+        self.interrupted = True
+        raise KeyboardInterrupt
+
     def show(self, done: int, total: int, seconds: float) -> None:
+        if self.interrupted:  # silero-vad catches whatever comes while it loads
+            raise KeyboardInterrupt
         speed = seconds / max(time.monotonic() - self.started, 1e-3)
         self.bar.total = total
         self.bar.set_postfix_str(f"{seconds / 3600:.2f} h heard, {speed:.0f} x real time", refresh=False)
         self.bar.update(done - self.bar.n)
 
     def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self.before)
         self.bar.close()
 
 

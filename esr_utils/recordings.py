@@ -36,6 +36,7 @@ from esr_utils.decoding import NoFfmpegError, read_spans
 from esr_utils.index import Index
 from esr_utils.index_rows import Embedded, File
 from esr_utils.moments import MIN_S, Channels, moments
+from esr_utils.recording_labels import Columns, Labels
 from esr_utils.retriever import Retriever
 
 DEFAULT_RUN = runs.DEFAULT_RUN  # whose retriever makes an index where no run is named
@@ -74,11 +75,13 @@ class Found:
         within: keys of the places.
         files: key and path of each recording.
         left_out: key and reason of what cannot be used.
+        labels: columns of their moments, where a folder has a labels.csv (see `recording_labels`).
     """
 
     within: list[str]
     files: dict[str, Path]
     left_out: dict[str, str]
+    labels: Labels
 
 
 def find(places: str | Path | Iterable[str | Path]) -> Found:
@@ -86,14 +89,16 @@ def find(places: str | Path | Iterable[str | Path]) -> Found:
 
     Raises:
         audio_folder.NoAudio: one of the places is not there, or holds none.
+        recording_labels.LabelsError: a labels.csv cannot be used.
     """
-    found = Found([], {}, {})
+    found = Found([], {}, {}, Labels())
     for place in [places] if isinstance(places, str | Path) else places:
         root = Path(place).expanduser().resolve()
         files, left_out = find_audio(root)
         found.within.append(key := absolute_key(root))
         found.files.update((absolute_key(path), path) for _, path in files)
         found.left_out.update((f"{key}/{name}", reason) for name, reason in left_out)
+        found.labels.read(root)
     return found
 
 
@@ -103,6 +108,7 @@ class Report:
 
     Attributes:
         embedded, unchanged, removed: files.
+        relabelled: those of the unchanged of which a labels.csv says something else than before.
         moments: of those embedded.
         speech_s: seconds that these moments last together.
         problems: key and reason of files that could not be used, or not whole; of those embedded or looked at now.
@@ -113,6 +119,7 @@ class Report:
     embedded: int = 0
     unchanged: int = 0
     removed: int = 0
+    relabelled: int = 0
     moments: int = 0
     speech_s: float = 0.0
     problems: dict[str, str] = field(default_factory=dict)
@@ -129,14 +136,26 @@ def refresh(index: Index, found: Found, channels: Channels = "mix", progress: Pr
 
     Raises:
         IndexUnusable, IndexWriteError: as `Index.add`; what was committed stays.
+        recording_labels.LabelsError: labels do not fit the index.
         weights.WeightsError: silero-vad is not installed.
     """
+    labels = found.labels.for_index(index)
     changes = index.changes(found.within, found.files.items())
     changes.gone = [key for key in changes.gone if not _in(key, found.left_out)]  # perhaps they cannot be seen now
     report = Report(unchanged=changes.unchanged + len(changes.touched), removed=len(changes.gone))
     n_files = len(changes.changed) + len(changes.new)
     heard = (lambda done, seconds: progress(done, n_files, seconds)) if progress else None
-    index.apply(changes, _Embedder(index, channels, report, heard))
+    embedder = _Embedder(index, labels, channels, report, heard)
+    new = {key for key, _ in changes.new} | {file.key for file in changes.changed}
+    same = {key: path for key, path in found.files.items() if key not in new}
+
+    def embedded(files: Iterator[File]) -> Iterator[Embedded]:
+        for one in labels.relabelled(index, same):
+            report.relabelled += 1
+            yield one
+        yield from embedder(files)
+
+    index.apply(changes, embedded)
     report.left_out |= found.left_out | dict(changes.unreadable)
     return report
 
@@ -154,9 +173,10 @@ class _Recording:
         self.places: list[tuple[float, float, int | None]] = []
         self.vectors: list[NDArray[np.float32] | None] = []
 
-    def embedded(self, dim: int) -> Embedded:
+    def embedded(self, dim: int, labels: Columns) -> Embedded:
         table = pd.DataFrame(self.places, columns=["start_s", "end_s", "channel"])
         table = table.astype({"start_s": float, "end_s": float, "channel": "Int64"})
+        table = pd.concat([table, labels.of(self.file.key, table)], axis=1)
         vectors = np.stack(self.vectors) if self.vectors else np.zeros((0, dim), np.float32)
         return Embedded(self.file, table, vectors, problem=self.problem)
 
@@ -165,10 +185,15 @@ class _Embedder:
     """From files to what was made of each, for `Index.apply`."""
 
     def __init__(
-        self, index: Index, channels: Channels, report: Report, heard: Callable[[int, float], None] | None
+        self,
+        index: Index,
+        labels: Columns,
+        channels: Channels,
+        report: Report,
+        heard: Callable[[int, float], None] | None,
     ) -> None:
         self.model, self.level, self.dim = index.model.eval(), index.about["level"], index.about["dim"]
-        self.channels, self.report, self.heard = channels, report, heard
+        self.labels, self.channels, self.report, self.heard = labels, channels, report, heard
         self.waiting: list[tuple[_Recording, int, torch.Tensor]] = []  # whose, which of its moments, (S,) samples
         self.done: list[_Recording] = []  # heard to the end; those of their moments that are not embedded yet wait
         self.waiting_s, self.since, self.heard_s, self.files = 0.0, time.monotonic(), 0.0, 0
@@ -241,7 +266,7 @@ class _Embedder:
             self.report.embedded += 1
             self.report.moments += len(one.places)
             self.report.speech_s += sum(end - start for start, end, _ in one.places)
-            yield one.embedded(self.dim)
+            yield one.embedded(self.dim, self.labels)
 
 
 def by_length(waiting: list[tuple[_Recording, int, torch.Tensor]]) -> Iterator[list]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -80,7 +81,9 @@ def contents(path: str) -> list:
 def test_an_index_is_made_and_brought_up_to_date(esr, folder, tiny_run, tmp_path, speech):
     mine, path = shutil.copytree(folder, tmp_path / "mine"), tmp_path / "index"
     code, out, err = esr("index", mine, "--index", path, "--run", tiny_run)
-    assert code == OK and re.match(r"4 files embedded \(\d+ moments, 0.01 h of speech\), 0 unchanged, 0 removed", out)
+    assert code == OK and re.match(
+        r"4 files embedded \(\d+ moments, 0.01 h of speech\), 0 unchanged \(0 with other labels\), 0 removed", out
+    )
     assert err == f"esr: {mine}/broken.mp3: is empty (0 bytes)\n"  # and no bar: nobody watches
     soundfile.write(mine / "new.wav", speech[: 4 * RATE], RATE)
     (mine / "one.flac").unlink()
@@ -336,25 +339,38 @@ def test_help_has_examples_and_codes_and_comes_at_once(esr):
 
 
 def test_ctrl_c_leaves_a_good_index_and_says_how_to_go_on(esr, own, tmp_path, speech):
-    """While the new file, of an hour, is being heard; what was there stays, and the same command completes it."""
+    """While the new file, a long one, is being heard; what was there stays, and the same command completes it."""
     before = contents(own)
     (tmp_path / "long").mkdir()
-    with soundfile.SoundFile(tmp_path / "long" / "hour.wav", "w", RATE, 1) as file:
-        for _ in range(3600 * RATE // len(speech)):
+    with soundfile.SoundFile(tmp_path / "long" / "long.wav", "w", RATE, 1) as file:
+        for _ in range(900 * RATE // len(speech)):
             file.write(speech)
     command = [sys.executable, "-m", "esr_utils.cli", "index", str(tmp_path / "long"), "--index", own]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, start_new_session=True, **pipes)
     deadline = time.monotonic() + 60
-    while "hour.wav" not in open_files(process.pid) and time.monotonic() < deadline:
+    while "long.wav" not in open_files(process.pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: also to what it has started
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (INTERRUPTED, "") and "run the same command again to go on" in err
     assert "Traceback" not in err and contents(own) == before
-    (tmp_path / "long" / "hour.wav").unlink()
-    soundfile.write(tmp_path / "long" / "hour.wav", speech[: 5 * RATE], RATE)
+    (tmp_path / "long" / "long.wav").unlink()
+    soundfile.write(tmp_path / "long" / "long.wav", speech[: 5 * RATE], RATE)
     assert esr("index", tmp_path / "long", "--index", own)[0] == OK and contents(own)[1] == before[1] + 1
+
+
+def test_ctrl_c_that_a_library_swallows_ends_it_all_the_same(esr, own, folder, tmp_path, monkeypatch):
+    def swallowing(path, channels, moments=recordings.moments):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        yield from moments(path, channels)
+
+    monkeypatch.setattr(recordings, "moments", swallowing)
+    shutil.copy(folder / "call.wav", tmp_path)
+    code, out, err = esr("index", tmp_path / "call.wav", "--index", own)
+    assert (code, out) == (INTERRUPTED, "") and "run the same command again" in err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def open_files(pid: int) -> str:
