@@ -70,7 +70,7 @@ class UsageError(ValueError):
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command and returns its exit code, which `CODES` explains."""
     options = _parser().parse_args(arguments)
-    if not sys.stderr.isatty():
+    if not _watched():
         os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: progress is for who watches
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns of forks: ffmpeg is one
     sys.stdout.reconfigure(errors="backslashreplace")  # names of any letters, in any locale
@@ -106,6 +106,11 @@ def _code(error: Exception) -> int | None:
     if isinstance(error, UsageError | QueryError):
         return USAGE
     return ERROR if isinstance(error, NoAudio | LabelsError | IndexUnusable | WeightsError | ConfigError) else None
+
+
+def _watched() -> bool:
+    """Whether somebody sees progress."""
+    return sys.stderr.isatty()
 
 
 def _say(message: str) -> None:
@@ -153,7 +158,7 @@ class _Bar:
 
         self.started, self.interrupted = time.monotonic(), False
         self.before = signal.signal(signal.SIGINT, self.interrupt)
-        self.bar = tqdm(unit="file", miniters=0, disable=not sys.stderr.isatty())
+        self.bar = tqdm(unit="file", miniters=0, disable=not _watched())
         return self.show
 
     def interrupt(self, *_: object) -> None:

@@ -35,13 +35,15 @@ from esr_utils.config import SAMPLE_RATE, Level
 from esr_utils.decoding import NoFfmpegError, read_spans
 from esr_utils.index import Index
 from esr_utils.index_rows import Embedded, File
-from esr_utils.moments import MIN_S, Channels, moments
+from esr_utils.moments import MIN_S, Channels, Moment, moments
 from esr_utils.recording_labels import Columns, Labels
 from esr_utils.retriever import Retriever
+from esr_utils.weights import WeightsError
 
 DEFAULT_RUN = runs.DEFAULT_RUN  # whose retriever makes an index where no run is named
 POOL_S = 300.0  # seconds of speech that wait to be embedded: 19 MB
 WAIT_S = 20.0  # seconds after which what waits is embedded, however little it is
+_AT_ONCE = 100  # hits of one file that are in memory together when they are cut
 BATCH_S = 16.0  # seconds a forward pass, with what is padded: more is no faster on a CPU, and takes more memory
 
 Progress = Callable[[int, int, float], None]
@@ -56,15 +58,22 @@ def load_retriever(run: str | Path | None = None, device: str = "auto") -> tuple
     Raises:
         weights.WeightsError: no such run, or its files are damaged.
     """
-    folder = runs.run_folder(run or DEFAULT_RUN)
     if run is None:
         from esr_utils import training  # here: a search starts faster without it
 
         model, settings = training.load_run(DEFAULT_RUN, device)
-    else:
-        model = retriever.load(folder / "best", runs.pick_device(device))
-        settings = runs.read_json(folder / "config.json")
-    return model, settings["training"]["level"], str(folder)
+        return model, settings["training"]["level"], str(runs.run_folder(DEFAULT_RUN))
+    try:
+        folder = runs.run_folder(run)
+    except ValueError as error:
+        raise WeightsError(str(error)) from None
+    model = retriever.load(folder / "best", runs.pick_device(device))
+    try:
+        return model, runs.read_json(folder / "config.json")["training"]["level"], str(folder)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise WeightsError(
+            f"{folder} is no run that can be used: its config.json lacks training, level: {error}"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -91,14 +100,16 @@ def find(places: str | Path | Iterable[str | Path]) -> Found:
         audio_folder.NoAudio: one of the places is not there, or holds none.
         recording_labels.LabelsError: a labels.csv cannot be used.
     """
-    found = Found([], {}, {}, Labels())
+    found, folders = Found([], {}, {}, Labels()), {}
     for place in [places] if isinstance(places, str | Path) else places:
         root = Path(place).expanduser().resolve()
         files, left_out = find_audio(root)
         found.within.append(key := absolute_key(root))
         found.files.update((absolute_key(path), path) for _, path in files)
         found.left_out.update((f"{key}/{name}", reason) for name, reason in left_out)
-        found.labels.read(root)
+        folders[root if root.is_dir() else root.parent] = None
+    for folder in folders:
+        found.labels.read(folder)
     return found
 
 
@@ -230,7 +241,7 @@ class _Embedder:
             self.report.problems[one.file.key] = one.problem
         self.done.append(one)
 
-    def _take(self, one: _Recording, moment) -> None:
+    def _take(self, one: _Recording, moment: Moment) -> None:
         try:
             waveform = prepared(torch.from_numpy(moment.waveform), self.level)
         except BadAudio:  # quieter than what counts as silence
@@ -302,30 +313,36 @@ def export(hits: pd.DataFrame, folder: str | Path) -> pd.DataFrame:
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty: name a new folder for what is cut out")
-    table = hits.reset_index(drop=True)
-    names, problems = pd.Series("", table.index, dtype=object), pd.Series("", table.index, dtype=object)
-    for key, rows in table.groupby("file", sort=False):
-        spans = [(_number(row, "start_s") or 0.0, _number(row, "end_s")) for _, row in rows.iterrows()]
-        try:
-            path = absolute_path(str(key))
-            pieces, rate = read_spans(path, spans)
-        except ValueError as error:  # AudioError is one
-            problems[rows.index] = str(error)
-            continue
-        for (number, row), span, samples in zip(rows.iterrows(), spans, pieces, strict=True):
-            name = _name(number + 1, path, *span)
-            channel = _number(row, "channel")
-            if channel is not None:
-                samples = samples[:, int(channel) : int(channel) + 1]
-            if samples.size:
-                _write_wav(folder / name, samples, rate)
-                names[number] = name
-            else:
-                problems[number] = "the recording no longer has this part"
-    table = pd.concat([names.rename("audio"), problems.rename("problem"), table], axis=1)
+    hits = hits.drop(columns=["audio", "problem"], errors="ignore").reset_index(drop=True)
+    about: dict[int, tuple[str, str]] = {}
+    for key, rows in hits.groupby("file", sort=False):
+        for start in range(0, len(rows), _AT_ONCE):
+            about.update(_cut(str(key), rows.iloc[start : start + _AT_ONCE], folder))
+    columns = pd.DataFrame([about[row] for row in hits.index], columns=["audio", "problem"], index=hits.index)
+    table = pd.concat([columns, hits], axis=1)
     with runs.atomic_path(folder / "hits.csv") as temporary:
         table.to_csv(temporary, index=False)
     return table
+
+
+def _cut(key: str, rows: pd.DataFrame, folder: Path) -> Iterator[tuple[int, tuple[str, str]]]:
+    """Writes the hits of one file; of each its row, and the name of what was written or the problem."""
+    spans = [(_number(row, "start_s") or 0.0, _number(row, "end_s")) for _, row in rows.iterrows()]
+    try:
+        path = absolute_path(key)
+        pieces, rate = read_spans(path, spans)
+    except ValueError as error:  # AudioError is one
+        yield from ((row, ("", str(error))) for row in rows.index)
+        return
+    for (number, row), span, samples in zip(rows.iterrows(), spans, pieces, strict=True):
+        if (channel := _number(row, "channel")) is not None:
+            samples = samples[:, int(channel) : int(channel) + 1]
+        if not samples.size:
+            yield number, ("", "the recording no longer has this part")
+            continue
+        name = _name(number + 1, path, *span)
+        _write_wav(folder / name, samples, rate)
+        yield number, (name, "")
 
 
 def _number(row: pd.Series, column: str) -> float | None:

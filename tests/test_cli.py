@@ -132,9 +132,15 @@ def test_another_model_s_index_is_refused_with_both_names(esr, own, folder, tiny
     assert contents(own) == before
 
 
-def test_a_run_that_is_not_there(esr, folder, tmp_path):
+def test_a_run_that_is_not_there_or_is_none(esr, folder, tiny_run, tmp_path):
     code, _, err = esr("index", folder, "--index", tmp_path / "index", "--run", tmp_path / "none")
     assert code == ERROR and "holds no retriever" in err and not (tmp_path / "index").exists()
+    shutil.copytree(tiny_run, tmp_path / "odd")
+    for settings in ("{}", "no json", '{"training": 1}'):
+        (tmp_path / "odd" / "config.json").write_text(settings)
+        code, _, err = esr("index", folder, "--index", tmp_path / "index", "--run", tmp_path / "odd")
+        assert code == ERROR and "no run that can be used" in err
+    assert esr("index", folder, "--index", tmp_path / "index", "--run", "..")[0] == ERROR
 
 
 def test_a_run_that_has_moved_since(esr, folder, tiny_run, tmp_path):
@@ -180,6 +186,21 @@ def test_a_disk_that_is_full(esr, folder, tiny_run, tmp_path, speech):
         assert contents(disk / "index")[1] == 2
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_a_bar_for_who_watches(esr, folder, tiny_run, tmp_path, monkeypatch):
+    arguments = ("index", folder, "--index", tmp_path / "index", "--run", tiny_run)
+    monkeypatch.setattr(cli, "_watched", lambda: True)
+    _, out, err = esr(*arguments)
+    assert "4/4" in err and "x real time" in err and "real time" not in out
+
+
+def test_labels_that_cannot_be_used(esr, own, tmp_path, folder):
+    shutil.copy(folder / "one.flac", tmp_path)
+    (tmp_path / "labels.csv").write_text("speaker\nanna\n")
+    before = contents(own)
+    code, _, err = esr("index", tmp_path / "one.flac", "--index", own)
+    assert code == ERROR and "has no column 'path'" in err and contents(own) == before
 
 
 # search -----------------------------------------------------------------------------------------------------

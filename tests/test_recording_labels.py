@@ -100,6 +100,12 @@ def test_other_labels_change_the_moments_and_embed_nothing(index, folder, monkey
     assert report.relabelled == 1 and values(index, "speaker")["three.wav"] == [None]
 
 
+def test_a_file_by_itself_has_the_labels_of_its_folder(index, folder):
+    (folder / "labels.csv").write_text("path,speaker\none.flac,anna\n")
+    recordings.refresh(index, recordings.find([folder / "one.flac", folder / "three.wav"]))
+    assert values(index, "speaker") == {"one.flac": ["anna"], "three.wav": [None]}
+
+
 def test_numbers_in_a_column_of_text_are_text(index, folder):
     refresh(index, folder, "path,code\none.flac,a\n")
     refresh(index, folder, "path,code\none.flac,7\n")
