@@ -119,6 +119,23 @@ def path_of(key: str, root: str | Path) -> Path:
     return folder / inside
 
 
+def absolute_key(path: str | Path) -> str:
+    """The name of a file, or of a folder, in a table that holds several folders: "/" and its `file_key` below that.
+
+    It is the absolute path itself, unless there is a "%" in it or what is no UTF-8. Links are not followed.
+    """
+    return "/" + file_key(os.path.abspath(path), "/")
+
+
+def absolute_path(key: str) -> Path:
+    """The file that an `absolute_key` stands for, whether it is there or not.
+
+    Raises:
+        ValueError: no file has this key.
+    """
+    return path_of(key.removeprefix("/"), "/")
+
+
 def printable(path: str | Path) -> str:
     """A path for people to read on one line: what cannot be printed or encoded is replaced."""
     name = os.fsencode(path).decode("utf-8", "replace")

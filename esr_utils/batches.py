@@ -50,7 +50,15 @@ def load_waveform(cut: Cut, level: Level = "normalised") -> Tensor:
     except Exception as error:  # decoders raise their own kinds; each means that this clip cannot be read
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise BadAudio(f"cannot be decoded: {reason[:200]}") from None
-    waveform = torch.from_numpy(audio).float().mean(dim=0)
+    return prepared(torch.from_numpy(audio).float().mean(dim=0), level)
+
+
+def prepared(waveform: Tensor, level: Level = "normalised") -> Tensor:
+    """(S,) samples at 16 kHz, checked and levelled as `load_waveform` does.
+
+    Raises:
+        BadAudio: as `load_waveform`.
+    """
     if len(waveform) < MIN_SECONDS * SAMPLE_RATE:
         raise BadAudio(f"{len(waveform) / SAMPLE_RATE:.3f} s long; the shortest allowed is {MIN_SECONDS} s")
     if not bool(torch.isfinite(waveform).all()):

@@ -7,13 +7,14 @@ Hours need no more memory than a block of 10 s.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 import shutil
 import struct
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,44 @@ def decode(path: Path) -> Iterator[tuple[NDArray[np.float32], int]]:
         yield block, rate
     if silent:
         raise AudioError("holds no sound")
+
+
+def read_spans(path: Path, spans: Sequence[tuple[float, float | None]]) -> tuple[list[NDArray[np.float32]], int]:
+    """Ranges of any file, as recorded.
+
+    Args:
+        spans: start and end in seconds, by the times of `decode`; None is the end of the file.
+
+    Returns:
+        (S, C) samples of each, fewer where the file ends before, and their rate in Hz.
+    Raises:
+        AudioError: as `decode`, up to where the last of them ends.
+    """
+    _check_file(path)
+    try:
+        info = soundfile.info(sndfile_name(path))
+    except (soundfile.LibsndfileError, TypeError):
+        return _pass_over(path, spans)
+    rate, pieces = info.samplerate, []
+    for start, end in spans:
+        first = min(round(start * rate), info.frames)
+        blocks = read_blocks(path, first, None if end is None else round(end * rate))
+        pieces.append(np.concatenate([*blocks] or [np.zeros((0, info.channels), np.float32)]))
+    return pieces, rate
+
+
+def _pass_over(path: Path, spans: Sequence[tuple[float, float | None]]) -> tuple[list[NDArray[np.float32]], int]:
+    """As `read_spans`, of a file in which no place can be gone to: in one pass, however many there are."""
+    pieces: list[list[NDArray[np.float32]]] = [[] for _ in spans]
+    at, rate = 0, 0
+    for block, rate in decode(path):
+        ends = [math.inf if end is None else round(end * rate) for _, end in spans]
+        for piece, (start, _), end in zip(pieces, spans, ends, strict=True):
+            piece.append(block[max(0, round(start * rate) - at) : int(max(0, min(end - at, len(block))))].copy())
+        at += len(block)
+        if at >= max(ends, default=0):
+            break
+    return [np.concatenate(piece) for piece in pieces], rate
 
 
 def _check_file(path: Path) -> None:

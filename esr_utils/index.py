@@ -13,6 +13,7 @@ is told in `index_table`. Embedding is the caller's: `refresh` and `add` take it
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,11 +22,15 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import pandas as pd
 import pyarrow.compute as pc
+import soundfile
 import torch
 from numpy.typing import NDArray
 
 from esr_utils import nearest, runs
+from esr_utils.audio_files import AudioError
+from esr_utils.audio_folder import absolute_key, absolute_path, printable
 from esr_utils.config import Level
+from esr_utils.decoding import read_spans
 from esr_utils.index_rows import Embedded, File
 from esr_utils.index_snapshot import QueryError, Snapshot
 from esr_utils.index_table import IndexTable
@@ -52,10 +57,16 @@ class Index(IndexTable):
 
     @classmethod
     def create(
-        cls, uri: str | Path, model: Retriever, pooled: int = 0, level: Level = "normalised", replace: bool = False
+        cls,
+        uri: str | Path,
+        model: Retriever,
+        pooled: int = 0,
+        level: Level = "normalised",
+        replace: bool = False,
+        run: str = "",
     ) -> Self:
         """A new index for what this retriever makes, or the one that is there; as `IndexTable.create_named`."""
-        found = cls.create_named(uri, model_id(model), model.config.dim, pooled, level, replace)
+        found = cls.create_named(uri, model_id(model), model.config.dim, pooled, level, replace, run)
         found.model = model
         return found
 
@@ -225,8 +236,8 @@ class Index(IndexTable):
             raise QueryError("this index was opened without a model, which an audio file needs: Index.open(uri, model)")
         try:
             recording = Recording.from_file(path)
-        except Exception as error:
-            raise QueryError(f"{path} is no readable audio file: {error}") from None
+        except Exception:  # what lhotse does not read, perhaps ffmpeg does
+            recording = Recording.from_bytes(_as_wav(path), str(path))
         cut = recording.to_cut()  # of all channels, which are averaged
         cut.custom = {"utterance_id": str(path), "style": ""}
         found = embed(self.model, CutSet.from_cuts([cut]), self.about["level"], cache=None)
@@ -307,7 +318,7 @@ def build(
     embeddings = embeddings or embed(model, to_cuts(manifest), level, cache)
     clips = manifest.set_index("utterance_id", drop=False).loc[embeddings.utterance_ids].reset_index(drop=True)
     clips["id"] = clips["utterance_id"]
-    keys = [str(Path(root) / path) for root, path in zip(clips["root"], clips["path"], strict=True)]
+    keys = [absolute_key(Path(root) / path) for root, path in zip(clips["root"], clips["path"], strict=True)]
     index = Index.create(uri, model, level=level, replace=True)
     groups = clips.groupby(keys, sort=False).indices
     index.add(Embedded(_stated(key), clips.iloc[rows], embeddings.vectors[rows]) for key, rows in groups.items())
@@ -325,8 +336,20 @@ def model_id(model: Retriever) -> str:
 
 def _stated(key: str) -> File:
     """A file by size and time: a manifest's clips are not refreshed, so their content need not be read."""
-    status = os.stat(key)
-    return File(key, Path(key), status.st_size, status.st_mtime_ns, "")
+    path = absolute_path(key)
+    status = os.stat(path)
+    return File(key, path, status.st_size, status.st_mtime_ns, "")
+
+
+def _as_wav(path: Path) -> bytes:
+    """A file of any kind as WAV, in memory."""
+    wav = io.BytesIO()
+    try:
+        (samples,), rate = read_spans(path, [(0.0, None)])
+    except AudioError as error:
+        raise QueryError(f"{printable(path)} is no readable audio file: it {error}") from None
+    soundfile.write(wav, samples, rate, format="WAV", subtype="FLOAT")
+    return wav.getvalue()
 
 
 def _normalised(vector: NDArray[np.float32], otherwise: str = "the query vector is zero") -> NDArray[np.float32]:

@@ -75,7 +75,7 @@ class Embedded:
             file, channel and range.
         vectors: (n, d), unit length; kept as fp16.
         pooled: (n, p) what the vectors were projected from, kept as fp16, or None in an index that keeps none.
-        problem: why there are no moments, where the file could not be used.
+        problem: why there are no moments, or not those of the whole file, where it could not be used.
     """
 
     file: File

@@ -64,7 +64,7 @@ class IndexTable:
 
     Attributes:
         uri: a folder, or any address that LanceDB takes (s3://, gs://, az://, memory://).
-        about: format, model, dim, pooled (0: none are kept), level.
+        about: format, model, dim, pooled (0: none are kept), level; run, where the model was when the index was made.
     """
 
     def __init__(self, uri: str, table: lancedb.table.Table) -> None:
@@ -76,7 +76,14 @@ class IndexTable:
 
     @classmethod
     def create_named(
-        cls, uri: str | Path, model: str, dim: int, pooled: int = 0, level: str = "normalised", replace: bool = False
+        cls,
+        uri: str | Path,
+        model: str,
+        dim: int,
+        pooled: int = 0,
+        level: str = "normalised",
+        replace: bool = False,
+        run: str = "",
     ) -> Self:
         """A new, empty table, or the one that is there, if it was made with the same. Several processes may ask for it.
 
@@ -86,16 +93,18 @@ class IndexTable:
             pooled: p of the features kept beside them; 0 keeps none.
             level: how clips are levelled before they are embedded.
             replace: whether an index that is there already is given up.
+            run: the folder of the run that holds the model, for who opens the index; not compared with what is there.
 
         Raises:
             IndexUnusable: the one that is there was made with something else; both are named.
             IndexWriteError: it cannot be written.
         """
         about = {"format": FORMAT, "model": model, "dim": dim, "pooled": pooled, "level": level}
+        metadata = {_KEY: json.dumps(about | {"run": run})}
         mode = "overwrite" if replace else "create"
         try:
             with _alone(uri):
-                table = _connect(uri).create_table(TABLE, schema=schema(about, {_KEY: json.dumps(about)}), mode=mode)
+                table = _connect(uri).create_table(TABLE, schema=schema(about, metadata), mode=mode)
         except ValueError as error:
             if "already exists" not in str(error):
                 raise
@@ -230,23 +239,25 @@ class IndexTable:
         self.sweep()
         return n
 
-    def changes(self, within: str, found: Iterable[tuple[str, str | Path]]) -> Changes:
-        """Compares the files of one folder with the index: by size and time, and where these differ by content.
+    def changes(self, within: str | Sequence[str], found: Iterable[tuple[str, str | Path]]) -> Changes:
+        """Compares the files of a folder with the index: by size and time, and where these differ by content.
 
         Args:
-            within: the key of the folder, or of one file. What the index has of other places is left as it is.
+            within: the key of the folder, or of one file, or several. What the index has of other places is left as it
+                is.
             found: key and path of every file that is there now, each key below `within`, with "/" between its parts.
-                `audio_folder.file_key(path, "/")` makes keys that also say where each file is.
+                `audio_folder.absolute_key` makes keys that also say where each file is.
 
         Raises:
             ValueError: a key is not below `within`.
         """
+        places = [within] if isinstance(within, str) else list(within)
         files, seen, changes = self.files()[["size", "mtime_ns", "sha256"]], set(), Changes()
         known = zip(files.index, files.itertuples(index=False), strict=True)
-        before = {key: file for key, file in known if _is_below(key, within)}
+        before = {key: file for key, file in known if _is_below(key, places)}
         for key, path in found:
-            if not _is_below(key, within):
-                raise ValueError(f"{key!r} is not below {within!r}, which is refreshed")
+            if not _is_below(key, places):
+                raise ValueError(f"{key!r} is not below {', '.join(map(repr, places))}, which is refreshed")
             seen.add(key)
             try:
                 status = os.stat(path)
@@ -264,11 +275,11 @@ class IndexTable:
 
     def refresh(
         self,
-        within: str,
+        within: str | Sequence[str],
         found: Iterable[tuple[str, str | Path]],
         embedder: Callable[[Iterator[File]], Iterable[Embedded]],
     ) -> Changes:
-        """Embeds what is new or changed in one folder, and drops what is gone from it. Interrupted, run it again.
+        """Embeds what is new or changed in a folder, and drops what is gone from it. Interrupted, run it again.
 
         Args:
             within, found: as `changes`.
@@ -276,10 +287,14 @@ class IndexTable:
                 could not be used comes with a `problem` and no moments, and is not tried again before it changes.
         """
         changes = self.changes(within, found)
+        self.apply(changes, embedder)
+        return changes
+
+    def apply(self, changes: Changes, embedder: Callable[[Iterator[File]], Iterable[Embedded]]) -> None:
+        """Brings the index up to date by what `changes` has found; see `refresh`."""
         self.delete_files(changes.gone)
         self.touch(changes.touched)
         self.add(embedder(changes.to_embed()))
-        return changes
 
     def append(self, files: Sequence[Embedded]) -> None:
         """Writes files, each with its moments, in one commit. What was there of these files is dead then.
@@ -377,8 +392,8 @@ def matrix(vectors: pa.FixedSizeListArray | pa.ChunkedArray, dim: int) -> NDArra
     return vectors.flatten().to_numpy(zero_copy_only=False).reshape(-1, dim)
 
 
-def _is_below(key: str, folder: str) -> bool:
-    return key == folder or key.startswith(f"{folder.rstrip('/')}/")
+def _is_below(key: str, places: Sequence[str]) -> bool:
+    return any(key == place or key.startswith(f"{place.rstrip('/')}/") for place in places)
 
 
 def _connect(uri: str | Path) -> lancedb.db.DBConnection:

@@ -15,13 +15,15 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+import soundfile
 import tiny_models
 import torch
 from transformers import BertConfig, BertModel, BertTokenizer, WhisperConfig, WhisperModel
 
-from esr_utils import retriever, weights
+from esr_utils import retriever, runs, weights
 from esr_utils.config import ModelConfig
 from esr_utils.corpora import DEMO_FOLDER
 from esr_utils.manifests import load_corpora, with_root
@@ -173,3 +175,21 @@ def tiny_model(_tiny_model: StyleRetriever) -> StyleRetriever:
 def whisper_tiny() -> SpeechBackbone:
     """The pretrained default, from its package. Do not change it."""
     return load_speech_backbone("whisper-tiny")
+
+
+@pytest.fixture(scope="session")
+def speech(manifest: pd.DataFrame) -> np.ndarray:
+    """(S,) float32 at 16 kHz: twelve clips of "mini" with half a second of silence after each. Do not change it."""
+    parts = [
+        soundfile.read(Path(root) / path, dtype="float32")[0] for root, path in manifest[["root", "path"]].to_numpy()
+    ]
+    return np.concatenate([part for clip in parts[:12] for part in (clip, np.zeros(8000, np.float32))])
+
+
+@pytest.fixture(scope="session")
+def tiny_run(_tiny_model: StyleRetriever, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with this retriever, its level as recorded. Do not change it."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    _tiny_model.save(folder / "best")
+    runs.write_json(folder / "config.json", {"kind": "style", "training": {"level": "recorded"}})
+    return folder

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esr_utils.audio_folder import NoAudio, file_key, find_audio, path_of, printable
+from esr_utils.audio_folder import NoAudio, absolute_key, absolute_path, file_key, find_audio, path_of, printable
 
 ODD_NAMES = [
     b'it\'s "so".wav',
@@ -190,3 +190,16 @@ def test_a_file_elsewhere_has_no_key(tmp_path):
 
 def test_printable():
     assert printable(os.fsdecode(b"a\nb\xe9\x1b[31m\xc3\xa9")) == "a\ufffdb\ufffd\ufffd[31mé"
+
+
+def test_an_absolute_key_is_the_path_itself_where_that_can_be_written(tmp_path, monkeypatch):
+    assert absolute_key(tmp_path / "日本 'é'" / "a.wav") == str(tmp_path / "日本 'é'" / "a.wav")
+    monkeypatch.chdir(tmp_path)
+    assert absolute_key("b/../a.wav") == str(tmp_path / "a.wav")
+    for name in ODD_NAMES:
+        path = tmp_path / os.fsdecode(name)
+        key = absolute_key(path)
+        assert absolute_path(key) == path and key.startswith("/") and key.encode()
+    for key in ("/../a.wav", "/a/%zz.wav", "//a.wav", ""):
+        with pytest.raises(ValueError, match="is the name of no file"):
+            absolute_path(key)

@@ -27,8 +27,9 @@ LAYERS = {
         "objective", "checkpoints", "fitting", "training", "evaluation", "comparison", "ablations", "spaces", "index",
         "generation", "mining", "plots", "fusion_objective", "fusion_training", "fusion_systems", "protocols",
         "fusion_evaluation", "fusion_tables", "fusion_limits", "leakage",
-        "fusion_folds",
+        "fusion_folds", "recordings", "recording_labels",
     ),
+    "command": ("cli",),
 }  # fmt: skip
 LAYER = {module: i for i, modules in enumerate(LAYERS.values()) for module in modules}
 
@@ -90,6 +91,10 @@ def test_the_reader_of_the_source_sees_imports():
     assert "transformers.AutoModel" in imported(ast.walk(TREES["text"]))
 
 
+def test_the_command_answers_before_a_library_is_imported():
+    assert not {"torch", "pandas", "numpy", "esr_utils"} & {n.split(".")[0] for n in imported(TREES["cli"].body)}
+
+
 def test_training_and_evaluation_never_import_each_other():
     assert "evaluation" not in own_modules("training") and "training" not in own_modules("evaluation")
 
@@ -131,8 +136,8 @@ def test_lancedb_is_imported_when_an_index_is_opened():
         assert "lancedb" not in {i.split(".")[0] for i in imported(outside)}
 
 
-@pytest.mark.parametrize("name", [*MODULES, "__init__"])
-def test_nothing_prints(name):
+@pytest.mark.parametrize("name", [*(name for name in MODULES if name != "cli"), "__init__"])
+def test_nothing_prints_but_the_command(name):
     for node in ast.walk(TREES[name]):
         called = node.func if isinstance(node, ast.Call) else None
         assert not (isinstance(called, ast.Name) and called.id == "print"), f"{name}, line {node.lineno}"

@@ -286,6 +286,8 @@ def test_a_refresh_of_one_folder_or_file_leaves_those_of_others(table, folder):
     assert table.refresh("audio/", found(folder), of_files) == Changes(unchanged=4)
     assert table.refresh("audio/a", found(folder)[:1], of_files) == Changes(unchanged=1)
     assert table.refresh("audio/a", [], of_files).gone == ["audio/a"] and "audio/c" in moments(table)
+    several = table.changes(["other", "audio/a"], [("other/new", folder / "a"), *found(folder)[:1]])
+    assert [key for key, _ in several.new] == ["other/new", "audio/a"] and several.gone == ["other/x"]
     with pytest.raises(ValueError, match="'other/x' is not below 'audio'"):
         table.refresh("audio", [("other/x", folder / "a")], of_files)
 
@@ -386,7 +388,7 @@ def test_a_write_that_fails_says_so_and_leaves_the_index_as_it_was(table):
 
 
 def test_the_index_says_what_it_was_made_with(table):
-    assert table.about == {"format": 1, "model": "model one", "dim": DIM, "pooled": 0, "level": "normalised"}
+    assert table.about == {"format": 1, "model": "model one", "dim": DIM, "pooled": 0, "level": "normalised", "run": ""}
     assert json.loads(table.table.schema.metadata[b"esr"]) == table.about
 
 

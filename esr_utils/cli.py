@@ -1,0 +1,438 @@
+"""The `esr` command: index recordings, search them, say what an index holds, cut hits to audio files.
+
+Results go to stdout; what went wrong, and progress where somebody watches, to stderr. Libraries are imported when a
+command needs them, so that `esr --help` and a mistyped option answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from esr_utils.config import Level
+    from esr_utils.index import Index
+    from esr_utils.retriever import Retriever
+
+OK, ERROR, USAGE, NOTHING, INTERRUPTED = 0, 1, 2, 3, 130
+PIPE_CLOSED = 141  # as a shell has it of a program that SIGPIPE ended
+
+CODES = """
+exit codes:
+  0    done; found
+  1    error: no audio, no such index or run, another model's index, the disk is full; the index is as it was
+  2    a wrong option, or a query that cannot be answered: empty, too long, of a column that is not there
+  3    nothing was found
+  130  interrupted (Ctrl-C); what was written stays, and the same command goes on
+"""
+INDEX = """
+Folders are gone through with all below them: wav, flac, ogg, opus, mp3, and with ffmpeg m4a, mp4, mkv and more.
+Speech is cut into moments of 1 to 10 s. Run it again at any time: only what is new or changed is embedded, what is
+gone is dropped, and what was interrupted is completed. A labels.csv in a folder, with a column path, gives the moments
+of its files columns such as speaker; rows with start_s and end_s tell of a part of a file.
+
+examples:
+  esr index ~/podcast --index podcast.index
+  esr index calls/2025 calls/2026 --index calls.index --channels split    # one party a channel
+  esr index ~/podcast --index s3://bucket/podcast --run acted             # by the retriever of runs/acted
+"""
+QUERY = """
+A sentence stands in quotes; of several the average is looked for. Words without quotes are one sentence.
+
+examples:
+  esr search "a tired, sarcastic answer" --index podcast.index
+  esr search "excited" --minus "angry" --where speaker=anna --where start_s=60..600 --index podcast.index
+  esr search "whispering" "half asleep" --one-per file -k 20 --json --index podcast.index | jq -r .[].path
+  esr search --like example.wav --min-score 0.3 --index podcast.index
+"""
+EXPORT = """
+The folder is new or empty. It gets one WAV file a hit, and hits.csv.
+
+examples:
+  esr export "a tired, sarcastic answer" -k 20 --index podcast.index --to tired
+  esr search "excited" --index podcast.index --json | jq '.[:3]' | esr export --to excited
+"""
+
+
+class UsageError(ValueError):
+    """Options that make no sense together, or in this index."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command and returns its exit code, which `CODES` explains."""
+    options = _parser().parse_args(arguments)
+    if not _watched():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: progress is for who watches
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns of forks: ffmpeg is one
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of any letters, in any locale
+    sys.stderr.reconfigure(errors="backslashreplace")
+    try:
+        code = options.command(options)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        _say(f"interrupted; {options.goes_on}")
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python flushes once more, and complains
+        return PIPE_CLOSED
+    except Exception as error:
+        if (code := _code(error)) is None:
+            raise
+        _say(str(error))
+        return code
+
+
+def _code(error: Exception) -> int | None:
+    """The exit code of an error that is the user's to mend; None of one that is ours."""
+    if isinstance(error, OSError):  # IndexWriteError is one
+        return ERROR
+    from esr_utils.audio_folder import NoAudio
+    from esr_utils.config import ConfigError
+    from esr_utils.index_rows import IndexUnusable
+    from esr_utils.index_snapshot import QueryError
+    from esr_utils.recording_labels import LabelsError
+    from esr_utils.weights import WeightsError
+
+    if isinstance(error, UsageError | QueryError):
+        return USAGE
+    return ERROR if isinstance(error, NoAudio | LabelsError | IndexUnusable | WeightsError | ConfigError) else None
+
+
+def _watched() -> bool:
+    """Whether somebody sees progress."""
+    return sys.stderr.isatty()
+
+
+def _say(message: str) -> None:
+    print(f"esr: {message}", file=sys.stderr)
+
+
+# Commands ---------------------------------------------------------------------------------------------------
+
+
+def _index(options: argparse.Namespace) -> int:
+    from esr_utils import recordings
+    from esr_utils.index import Index
+
+    found = recordings.find(options.places)  # before a model is loaded for nothing
+    model, level, run = _retriever(options)
+    index = Index.create(options.index, model, level=level, run=run)
+    with _Bar() as bar:
+        report = recordings.refresh(index, found, options.channels, bar)
+    for key, reason in (report.problems | report.left_out).items():
+        _say(f"{_shown(key)}: {reason}")
+    files = index.files()
+    about = {
+        "embedded": report.embedded, "moments": report.moments, "speech_s": round(report.speech_s, 3),
+        "unchanged": report.unchanged, "relabelled": report.relabelled, "removed": report.removed,
+        "problems": report.problems, "left_out": report.left_out,
+        "files_in_index": len(files), "moments_in_index": int(files["moments"].sum()),
+    }  # fmt: skip
+    if options.json:
+        _print_json(about)
+    else:
+        print(
+            f"{report.embedded} files embedded ({report.moments} moments, {report.speech_s / 3600:.2f} h of speech), "
+            f"{report.unchanged} unchanged ({report.relabelled} with other labels), {report.removed} removed, "
+            f"{len(report.problems) + len(report.left_out)} with problems; "
+            f"{options.index} holds {about['moments_in_index']} moments of {len(files)} files"
+        )
+    return OK
+
+
+class _Bar:
+    """Progress on stderr, where that is a terminal; and an end at Ctrl-C, also where a library has swallowed that."""
+
+    def __enter__(self) -> Callable[[int, int, float], None]:
+        from tqdm import tqdm
+
+        self.started, self.interrupted = time.monotonic(), False
+        self.before = signal.signal(signal.SIGINT, self.interrupt)
+        self.bar = tqdm(unit="file", miniters=0, disable=not _watched())
+        return self.show
+
+    def interrupt(self, *_: object) -> None:
+        self.interrupted = True
+        raise KeyboardInterrupt
+
+    def show(self, done: int, total: int, seconds: float) -> None:
+        if self.interrupted:  # silero-vad catches whatever comes while it loads
+            raise KeyboardInterrupt
+        speed = seconds / max(time.monotonic() - self.started, 1e-3)
+        self.bar.total = total
+        self.bar.set_postfix_str(f"{seconds / 3600:.2f} h heard, {speed:.0f} x real time", refresh=False)
+        self.bar.update(done - self.bar.n)
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self.before)
+        self.bar.close()
+
+
+def _search(options: argparse.Namespace) -> int:
+    hits = _hits(options)
+    if options.json:
+        _print_json(_records(hits))
+    for hit in [] if options.json else _records(hits):
+        channel = "" if hit["channel"] is None else f"  channel {hit['channel']}"
+        below = f"{100 * hit['percentile']:.1f} % below"
+        print(f"{hit['rank']:>4}  {hit['score']:.3f}  {below:>13}  {_times(hit)}{channel}  {_shown(hit['file'])}")
+    if hits.empty:
+        _say("nothing was found")
+    return NOTHING if hits.empty else OK
+
+
+def _stats(options: argparse.Namespace) -> int:
+    from esr_utils.index import Index
+
+    index = Index.open(options.index)
+    about, files = index.stats(), index.files()
+    about["problems"] = files["problem"][files["problem"] != ""].to_dict()
+    if options.json:
+        _print_json(about)
+        return OK
+    for name in ("uri", "model", "run", "dim", "level", "files", "moments", "hours", "approximate", "bytes"):
+        print(f"{name + ':':<13}{about[name]:.2f}" if name == "hours" else f"{name + ':':<13}{about[name]}")
+    print("columns:     " + ", ".join(f"{name} ({kind})" for name, kind in about["columns"].items()))
+    print(f"problems:    {len(about['problems'])}")
+    for key, reason in about["problems"].items():
+        print(f"  {_shown(key)}: {reason}")
+    return OK
+
+
+def _export(options: argparse.Namespace) -> int:
+    from esr_utils import recordings
+
+    hits = _hits(options) if _has_query(options) else _read_hits()
+    if hits.empty:
+        _say("nothing was found, so there is nothing to cut")
+        return NOTHING
+    table = recordings.export(hits, options.to)
+    bad = table[table["problem"] != ""]
+    for key, reason in zip(bad["file"], bad["problem"], strict=True):
+        _say(f"{_shown(key)}: {reason}")
+    print(f"{len(table) - len(bad)} of {len(table)} hits cut to {options.to}")
+    return ERROR if len(bad) else OK
+
+
+# Queries ----------------------------------------------------------------------------------------------------
+
+
+def _has_query(options: argparse.Namespace) -> bool:
+    return bool(options.sentence or options.like)
+
+
+def _hits(options: argparse.Namespace) -> pd.DataFrame:
+    if not _has_query(options):
+        raise UsageError('say what is looked for: esr search "a tired, sarcastic answer", or --like FILE')
+    if not options.index:
+        raise UsageError("say in which index: --index PATH")
+    if options.like and (options.sentence or options.minus):
+        raise UsageError("--like takes no sentence beside it, and no --minus")
+    index = _open(options)
+    where = {}
+    for condition in options.where:
+        column, value = _condition(condition, index)
+        where.setdefault(column, []).append(value)
+    rest = {
+        "where": {column: values if len(values) > 1 else values[0] for column, values in where.items()},
+        "one_per": options.one_per, "offset": options.offset,
+    }  # fmt: skip
+    if options.like:
+        return index.search_like(options.like, options.k, options.min_score, **rest)
+    return index.search(_sentences(options.sentence), options.k, options.min_score, minus=options.minus, **rest)
+
+
+def _open(options: argparse.Namespace) -> Index:
+    from esr_utils.index import Index
+
+    Index.open(options.index)  # that there is none is said before a model is loaded
+    return Index.open(options.index, _retriever(options)[0])
+
+
+def _retriever(options: argparse.Namespace) -> tuple[Retriever, Level, str]:
+    """Of the run that is named, else of that which made the index, else the default."""
+    from esr_utils import recordings, runs, weights
+    from esr_utils.index import Index
+    from esr_utils.index_rows import IndexUnusable
+
+    if options.run:
+        return recordings.load_retriever(options.run)
+    try:
+        run = Index.open(options.index).about["run"]
+    except IndexUnusable:
+        run = ""
+    if not run:
+        if not (runs.run_folder(recordings.DEFAULT_RUN) / "best").is_dir():
+            _say(
+                "there is no retriever yet: one is trained on the demo corpus, of synthetic voices; this takes a minute"
+            )
+        return recordings.load_retriever()
+    try:
+        return recordings.load_retriever(run)
+    except weights.WeightsError as error:
+        raise weights.WeightsError(
+            f"{error}. {options.index} was made by that run: --run says where it is now"
+        ) from None
+
+
+def _sentences(words: list[str]) -> list[str]:
+    """Words that a shell took apart, for want of quotes, are one sentence."""
+    return [" ".join(words)] if all(len(word.split()) == 1 for word in words) else words
+
+
+def _condition(condition: str, index: Index) -> tuple[str, Any]:
+    """`column=value`, or `column=low..high` of a column of numbers, to what `Index.search` takes."""
+    column, equals, text = condition.partition("=")
+    kinds = {name: str(kind) for name, kind in index.columns().items()}
+    if not equals:
+        raise UsageError(f"--where {condition}: write column=value, or column=low..high of numbers")
+    if column not in kinds:
+        raise UsageError(f"--where {condition}: there is no column {column!r}; this index has {', '.join(kinds)}")
+    kind = kinds[column]
+    if kind == "string":
+        return column, text
+    if kind == "bool":
+        if text.lower() not in ("true", "false"):
+            raise UsageError(f"--where {condition}: {column} is true or false")
+        return column, text.lower() == "true"
+    low, dots, high = text.partition("..")
+    try:
+        if not dots:
+            return column, float(text)
+        return column, tuple(float(bound) if bound else None for bound in (low, high))
+    except ValueError:
+        raise UsageError(f"--where {condition}: {column} is a number; write 3, 3..5, 3.. or ..5") from None
+
+
+def _read_hits() -> pd.DataFrame:
+    """What `esr search --json` wrote, from stdin."""
+    import pandas as pd
+
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UsageError("give a query, or pipe what esr search --json prints")
+    try:
+        found = json.load(sys.stdin)
+        valid = isinstance(found, list) and all(isinstance(hit, dict) and isinstance(hit["file"], str) for hit in found)
+        times = [hit.get(name) for hit in found for name in ("start_s", "end_s", "channel")] if valid else []
+    except (ValueError, KeyError):
+        valid = False
+    if not valid or not all(t is None or isinstance(t, int | float) and 0 <= t < math.inf for t in times):
+        raise UsageError("stdin is not what esr search --json prints: a list with file, start_s, end_s and channel")
+    return pd.DataFrame(found).drop(columns="path", errors="ignore")
+
+
+# What is printed --------------------------------------------------------------------------------------------
+
+
+def _records(hits: pd.DataFrame) -> list[dict[str, Any]]:
+    """Hits as JSON has them, each with the path of its file."""
+    records = json.loads(hits.to_json(orient="records", double_precision=6))
+    for hit in records:
+        hit["channel"] = None if hit["channel"] is None else int(hit["channel"])
+        hit["path"] = _path(hit["file"])
+    return records
+
+
+def _path(key: str) -> str:
+    from esr_utils.audio_folder import absolute_path
+
+    try:
+        return str(absolute_path(key))
+    except ValueError:  # of an index that was filled by another program
+        return key
+
+
+def _shown(key: str) -> str:
+    from esr_utils.audio_folder import printable
+
+    return printable(_path(key))
+
+
+def _times(hit: dict[str, Any]) -> str:
+    return "whole file" if hit["start_s"] is None else f"{_clock(hit['start_s'])} - {_clock(hit['end_s'])}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds, 1), 60)
+    return f"{int(minutes) // 60}:{int(minutes) % 60:02d}:{rest:04.1f}"
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=2))  # in ASCII: no locale changes it
+
+
+# Options ----------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    def command(name: str, run: Callable, about: str, more: str, goes_on: str = "nothing was changed") -> Any:
+        made = commands.add_parser(
+            name, help=about, description=about[0].upper() + about[1:] + ".", epilog=more + CODES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        made.set_defaults(command=run, goes_on=goes_on)
+        return made
+
+    parser = argparse.ArgumentParser(
+        "esr", description="Search recordings by how something is said.", epilog=CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    index = command(
+        "index", _index, "make an index of recordings, or bring it up to date", INDEX,
+        "what was written stays: run the same command again to go on",
+    )  # fmt: skip
+    index.add_argument("places", nargs="+", metavar="DIR", help="a folder of recordings, or a recording")
+    index.add_argument("--index", required=True, metavar="PATH", help="where the index is, or will be")
+    index.add_argument(
+        "--run", help="run whose retriever is used: a name below runs/, or a folder (default: that of the index)"
+    )
+    index.add_argument(
+        "--channels", choices=["mix", "split"], default="mix",
+        help="listen to all channels together, or to each by itself, as for calls (default: mix)",
+    )  # fmt: skip
+    index.add_argument("--json", action="store_true", help="print what was done as JSON")
+
+    search = command("search", _search, "find moments by a sentence, or by an example", QUERY)
+    _add_query(search)
+    search.add_argument("--json", action="store_true", help="print a JSON list of the hits, with all columns")
+
+    stats = command("stats", _stats, "say what an index holds, and which files could not be used", "")
+    stats.add_argument("--index", required=True, metavar="PATH", help="where the index is")
+    stats.add_argument("--json", action="store_true", help="print it as JSON")
+
+    goes_on = "what was cut stays"
+    export = command("export", _export, "cut hits to audio files, with a CSV", EXPORT, goes_on)
+    _add_query(export)
+    export.add_argument("--to", required=True, metavar="FOLDER", help="a new or empty folder")
+    return parser
+
+
+def _add_query(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("sentence", nargs="*", help="how it should sound, in plain words")
+    add("--index", metavar="PATH", help="where the index is")
+    add("--run", help="run whose retriever made the index, where it is no longer at its place")
+    add("-k", type=int, default=10, metavar="N", help="hits (default: 10)")
+    add("--like", metavar="FILE_OR_ID", help="an example in place of a sentence: an audio file, or the id of a moment")
+    add("--minus", metavar="SENTENCE", help="how it should not sound")
+    add("--where", action="append", default=[], metavar="COLUMN=VALUE", help="keep what has this value, or one from "
+        "LOW..HIGH (either may be left out); of several for one column any, of several columns all")  # fmt: skip
+    add("--min-score", type=float, default=-1.0, metavar="S", help="leave out what scores below this cosine, -1 to 1")
+    add("--one-per", metavar="COLUMN", help="only the best of each file, speaker, ...")
+    add("--offset", type=int, default=0, metavar="N", help="hits to skip: -k 10 --offset 10 is the second page")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

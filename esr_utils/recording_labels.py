@@ -1,0 +1,184 @@
+"""What is known of recordings besides their sound: columns of their moments, such as `speaker`, from a labels.csv.
+
+It lies in the folder that is indexed (UTF-8), with a column `path`, relative to the folder. Any other column becomes
+one of the moments of that file, to filter and show. Several rows may tell of one file: a row with start_s or end_s
+(seconds) is about the moments whose middle lies in between, one with a channel (from 0) about those of that channel;
+the first that fits counts. A column whose values are all numbers is one of numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from esr_utils.audio_folder import absolute_key
+from esr_utils.index import Index
+from esr_utils.index_rows import RESERVED, Embedded, File
+from esr_utils.index_snapshot import Snapshot
+from esr_utils.manifest_schema import ManifestError
+from esr_utils.text_tables import read_table
+
+NAME = "labels.csv"
+_PLACE = ("path", "start_s", "end_s", "channel", "duration_s")  # what a row is about, and no column of its own
+_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?")
+
+
+class LabelsError(ValueError):
+    """A labels.csv that cannot be used; the message says where and why."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Of which moments of a file it is, and what it says of them: text by column, perhaps empty."""
+
+    start_s: float
+    end_s: float
+    channel: float | None
+    values: dict[str, str]
+
+
+@dataclass
+class Labels:
+    """What is known of files.
+
+    Attributes:
+        rows: by the key of the file, in their order.
+    """
+
+    rows: dict[str, list[Row]] = field(default_factory=dict)
+
+    def read(self, folder: Path) -> None:
+        """Adds what the labels.csv of a folder says, if it has one.
+
+        Raises:
+            LabelsError: it is no CSV, has no column `path`, one that an index cannot take, or a time that is no number.
+        """
+        file = folder / NAME
+        if not file.is_file():
+            return
+        try:
+            table = read_table(file)
+        except ManifestError as error:
+            raise LabelsError(str(error)) from None
+        if "path" not in table:
+            raise LabelsError(f"{file} has no column 'path'; it has {', '.join(table.columns)}")
+        if refused := sorted({*table.columns} & {*RESERVED}):
+            raise LabelsError(
+                f"{file}: an index has columns of its own named {', '.join(refused)}: name them otherwise"
+            )
+        for line, row in enumerate(table.to_dict("records"), 2):
+            channel = _number(row.get("channel", ""), file, line)
+            limits = _number(row.get("start_s", ""), file, line), _number(row.get("end_s", ""), file, line)
+            values = {name: text for name, text in row.items() if name not in _PLACE}
+            key = absolute_key(folder / row["path"])
+            self.rows.setdefault(key, []).append(
+                Row(limits[0] or 0.0, math.inf if limits[1] is None else limits[1], channel, values)
+            )
+
+    def for_index(self, index: Index) -> Columns:
+        """With values of the types of this index's columns; what it has not is of numbers if all values are.
+
+        Raises:
+            LabelsError: there is text for a column of numbers.
+        """
+        texts: dict[str, list[str]] = {}
+        for rows in self.rows.values():
+            for row in rows:
+                for name, text in row.values.items():
+                    texts.setdefault(name, []).extend([text] if text else [])
+        there, kinds = {name: str(kind) for name, kind in index.columns().items()}, {}
+        for name, found in texts.items():
+            numeric = all(_NUMBER.fullmatch(text) for text in found)
+            if there.get(name, "string") != "string" and not numeric:
+                raise LabelsError(f"column {name!r} of {index.uri} is of numbers, and {NAME} has text in it")
+            if found or name in there:
+                kinds[name] = "Float64" if numeric and there.get(name) != "string" else "str"
+        return Columns(self.rows, kinds)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Labels for one index.
+
+    Attributes:
+        rows: as those of `Labels`.
+        kinds: dtype by column, of text or of numbers.
+    """
+
+    rows: Mapping[str, list[Row]]
+    kinds: Mapping[str, str]
+
+    def of(self, key: str, moments: pd.DataFrame) -> pd.DataFrame:
+        """The columns of a file's moments (start_s, end_s, channel); none of a file that is not named."""
+        if key not in self.rows:
+            return pd.DataFrame(index=moments.index)
+        middles = (moments["start_s"] + moments["end_s"]) / 2
+        said = [self._said(self.rows[key], *place) for place in zip(middles, moments["channel"], strict=True)]
+        columns = {name: [values.get(name) or None for values in said] for name in self.kinds}
+        for name, kind in self.kinds.items():
+            if kind == "Float64":
+                columns[name] = pd.array([None if text is None else float(text) for text in columns[name]], kind)
+            else:
+                columns[name] = np.array(columns[name], dtype=object)
+        return pd.DataFrame(columns, index=moments.index)
+
+    @staticmethod
+    def _said(rows: list[Row], middle: float, channel: Any) -> dict[str, str]:
+        for row in rows:
+            if row.start_s <= middle < row.end_s and (
+                row.channel is None or pd.isna(channel) or row.channel == channel
+            ):
+                return row.values
+        return {}
+
+    def relabelled(self, index: Index, files: Mapping[str, Path]) -> Iterator[Embedded]:
+        """Those of some files of an index of whose moments something else is said now, as what they should be.
+
+        Args:
+            files: key and path of those that are as they were.
+        """
+        named = self.rows.keys() & files.keys()
+        if not named or not self.kinds:
+            return
+        there = [name for name in self.kinds if name in index.columns()]
+        known, parts = index.files(), []
+        for batch in index.batches(["file", "start_s", "end_s", "channel", *there], Snapshot(index).alive()):
+            part = batch.to_pandas()
+            parts.append(part[part["file"].isin(named)])
+        moments = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["file"])
+        for key, part in moments.groupby("file"):
+            wanted = self.of(key, part)
+            if all(_same(part.get(name), wanted[name]) for name in wanted):
+                continue
+            about, rows = known.loc[key], part["_rowid"]
+            kept = [name for name in index.columns() if name not in ("file", *wanted)]
+            table = pd.concat([index.take(rows, kept), wanted.reset_index(drop=True)], axis=1)
+            pooled = np.stack(index.take(rows, ["pooled"])["pooled"]) if index.about["pooled"] else None
+            file = File(key, files[key], int(about["size"]), int(about["mtime_ns"]), about["sha256"])
+            yield Embedded(file, table, index.vectors(rows), pooled, about["problem"])
+
+
+def _same(there: pd.Series | None, wanted: pd.Series) -> bool:
+    """Whether values are equal, where nothing equals nothing; of a column that is not there, all are nothing."""
+    empty = wanted.isna()
+    if there is None:
+        return bool(empty.all())
+    return bool((there.isna() == empty).all()) and there[~empty].tolist() == wanted[~empty].tolist()
+
+
+def _number(text: str, file: Path, line: int) -> float | None:
+    if not text:
+        return None
+    try:
+        if math.isfinite(value := float(text)):
+            return value
+    except ValueError:
+        pass
+    raise LabelsError(f"{file}, line {line}: {text!r} is no number")

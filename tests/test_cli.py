@@ -1,0 +1,420 @@
+"""The esr command, as somebody at a shell meets it: what it prints where, its exit codes, Ctrl-C, pipes, bad input."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from esr_utils import cli, recordings
+from esr_utils.cli import ERROR, INTERRUPTED, NOTHING, OK, PIPE_CLOSED, USAGE
+from esr_utils.index import Index
+
+RATE = 16_000
+QUERY = "Someone whispering, half asleep"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, speech) -> Path:
+    """Three recordings, one with an odd name, one of two channels, and one that is none. Do not change it."""
+    root = tmp_path_factory.mktemp("recordings")
+    soundfile.write(root / "one.flac", speech[: 10 * RATE], RATE)
+    call = np.stack([speech[: 8 * RATE], speech[8 * RATE : 16 * RATE]], axis=1)
+    soundfile.write(root / "call.wav", call, RATE)
+    with open(os.fsencode(root) + b'/two\nlines "caf\xe9" 100%.wav', "wb") as file:
+        soundfile.write(file, speech[16 * RATE : 22 * RATE], RATE, format="WAV")
+    (root / "broken.mp3").write_bytes(b"")
+    return root
+
+
+@pytest.fixture(scope="module")
+def filled(folder, tiny_run, tmp_path_factory) -> str:
+    """An index of these, split by channel. Do not change it."""
+    path = tmp_path_factory.mktemp("index") / "filled"
+    assert cli.main(["index", str(folder), "--index", str(path), "--run", str(tiny_run), "--channels", "split"]) == OK
+    return str(path)
+
+
+@pytest.fixture
+def own(filled, tmp_path) -> str:
+    """A copy that belongs to a test."""
+    return str(shutil.copytree(filled, tmp_path / "own"))
+
+
+@pytest.fixture
+def esr(capsys):
+    """Runs a command: its exit code, what is on stdout, what is on stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = cli.main([str(argument) for argument in arguments])
+        except SystemExit as error:  # of argparse
+            code = error.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def contents(path: str) -> list:
+    index = Index.open(path)
+    return index.table.to_pandas().drop(columns=["id", "version", "written"]).to_json(), len(index.files())
+
+
+# index ------------------------------------------------------------------------------------------------------
+
+
+def test_an_index_is_made_and_brought_up_to_date(esr, folder, tiny_run, tmp_path, speech):
+    mine, path = shutil.copytree(folder, tmp_path / "mine"), tmp_path / "index"
+    code, out, err = esr("index", mine, "--index", path, "--run", tiny_run)
+    assert code == OK and re.match(
+        r"4 files embedded \(\d+ moments, 0.01 h of speech\), 0 unchanged \(0 with other labels\), 0 removed", out
+    )
+    assert err == f"esr: {mine}/broken.mp3: is empty (0 bytes)\n"  # and no bar: nobody watches
+    soundfile.write(mine / "new.wav", speech[: 4 * RATE], RATE)
+    (mine / "one.flac").unlink()
+    code, out, err = esr("index", mine, "--index", path, "--json")  # the run is known by now
+    done = json.loads(out)
+    assert (code, err) == (OK, "") and done["moments"] > 0
+    assert [done[name] for name in ("embedded", "unchanged", "removed", "files_in_index")] == [1, 3, 1, 4]
+
+
+def test_several_folders_and_a_file(esr, folder, tiny_run, tmp_path):
+    (tmp_path / "a").mkdir()
+    shutil.copy(folder / "one.flac", tmp_path / "a")
+    arguments = (
+        "index",
+        tmp_path / "a",
+        folder / "call.wav",
+        "--index",
+        tmp_path / "index",
+        "--run",
+        tiny_run,
+        "--json",
+    )
+    code, out, _ = esr(*arguments)
+    assert code == OK and json.loads(out)["embedded"] == 2
+
+
+def test_a_folder_without_audio(esr, own, tmp_path):
+    before = contents(own)
+    (tmp_path / "empty").mkdir()
+    for place in (tmp_path / "empty", tmp_path / "nowhere"):
+        code, out, err = esr("index", place, "--index", own)
+        assert code == ERROR and out == "" and str(place) in err and "Traceback" not in err
+    assert contents(own) == before
+    assert esr("index", tmp_path / "empty", "--index", tmp_path / "new")[0] == ERROR
+    assert not (tmp_path / "new").exists()
+
+
+def test_another_model_s_index_is_refused_with_both_names(esr, own, folder, tiny_model, tmp_path):
+    before = contents(own)
+    tiny_model.text_head.weight.data += 1
+    tiny_model.save(tmp_path / "other" / "best")
+    (tmp_path / "other" / "config.json").write_text('{"training": {"level": "recorded"}}')
+    for command in (["index", folder], ["search", QUERY]):
+        code, _, err = esr(*command, "--index", own, "--run", tmp_path / "other")
+        assert code == ERROR and len(re.findall(r"8-d [0-9a-f]{16}", err)) == 2
+    assert contents(own) == before
+
+
+def test_a_run_that_is_not_there_or_is_none(esr, folder, tiny_run, tmp_path):
+    code, _, err = esr("index", folder, "--index", tmp_path / "index", "--run", tmp_path / "none")
+    assert code == ERROR and "holds no retriever" in err and not (tmp_path / "index").exists()
+    shutil.copytree(tiny_run, tmp_path / "odd")
+    for settings in ("{}", "no json", '{"training": 1}'):
+        (tmp_path / "odd" / "config.json").write_text(settings)
+        code, _, err = esr("index", folder, "--index", tmp_path / "index", "--run", tmp_path / "odd")
+        assert code == ERROR and "no run that can be used" in err
+    assert esr("index", folder, "--index", tmp_path / "index", "--run", "..")[0] == ERROR
+
+
+def test_a_run_that_has_moved_since(esr, folder, tiny_run, tmp_path):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    assert esr("index", folder, "--index", tmp_path / "index", "--run", run)[0] == OK
+    run.rename(tmp_path / "moved")
+    code, _, err = esr("search", QUERY, "--index", tmp_path / "index")
+    assert code == ERROR and "--run says where it is now" in err
+    assert esr("search", QUERY, "--index", tmp_path / "index", "--run", tmp_path / "moved")[0] == OK
+
+
+def test_without_a_run_it_is_the_default_one(esr, folder, tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("esr_utils.runs.RUNS", tiny_run.parent)
+    monkeypatch.setattr(recordings, "DEFAULT_RUN", tiny_run.name)
+    assert esr("index", folder, "--index", tmp_path / "index")[0] == OK
+    assert Index.open(tmp_path / "index").about["run"] == str(tiny_run)
+
+
+def test_a_disk_that_is_full(esr, folder, tiny_run, tmp_path, speech):
+    """A small one, where one may be mounted; its index is good, and goes on when there is room."""
+    disk, fill = tmp_path / "disk", tmp_path / "disk" / "fill"
+    disk.mkdir()
+    if (
+        os.name != "posix"
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "esr", disk], capture_output=True).returncode
+    ):
+        pytest.skip("no disk can be mounted here")
+    try:
+        arguments = ("--index", disk / "index", "--run", tiny_run)
+        assert esr("index", folder / "one.flac", *arguments)[0] == OK
+        before = contents(disk / "index")
+        with fill.open("wb", buffering=0) as file, pytest.raises(OSError):
+            while True:
+                file.write(bytes(512))
+        code, _, err = esr("index", folder / "call.wav", *arguments)
+        assert code == ERROR and "make room" in err and "Traceback" not in err
+        assert contents(disk / "index") == before
+        assert esr("search", QUERY, "--index", disk / "index")[0] == OK
+        code, _, err = esr("export", QUERY, "--index", disk / "index", "--to", disk / "clips")
+        assert code == ERROR and "No space left" in err
+        fill.unlink()
+        assert esr("index", folder / "call.wav", *arguments)[0] == OK
+        assert contents(disk / "index")[1] == 2
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_bar_for_who_watches(esr, folder, tiny_run, tmp_path, monkeypatch):
+    arguments = ("index", folder, "--index", tmp_path / "index", "--run", tiny_run)
+    monkeypatch.setattr(cli, "_watched", lambda: True)
+    _, out, err = esr(*arguments)
+    assert "4/4" in err and "x real time" in err and "real time" not in out
+
+
+def test_labels_that_cannot_be_used(esr, own, tmp_path, folder):
+    shutil.copy(folder / "one.flac", tmp_path)
+    (tmp_path / "labels.csv").write_text("speaker\nanna\n")
+    before = contents(own)
+    code, _, err = esr("index", tmp_path / "one.flac", "--index", own)
+    assert code == ERROR and "has no column 'path'" in err and contents(own) == before
+
+
+# search -----------------------------------------------------------------------------------------------------
+
+
+def test_hits_for_people(esr, filled, folder):
+    code, out, err = esr("search", QUERY, "--index", filled, "-k", 3)
+    assert (code, err) == (OK, "") and len(out.splitlines()) == 3
+    line = r" +\d  -?0\.\d{3}  +\d+\.\d % below  0:00:\d\d\.\d - 0:00:\d\d\.\d  (channel \d  )?/"
+    assert all(re.match(line, hit) and str(folder) in hit for hit in out.splitlines())
+
+
+def test_hits_for_programs(esr, filled, folder):
+    code, out, _ = esr("search", QUERY, "--index", filled, "-k", 100, "--json")
+    hits = json.loads(out)
+    expected = Index.open(filled, recordings.load_retriever(Index.open(filled).about["run"])[0]).search(QUERY, k=100)
+    assert code == OK and out.isascii() and [hit["id"] for hit in hits] == expected["id"].tolist()
+    assert [hit["score"] for hit in hits] == pytest.approx(expected["score"].tolist(), abs=1e-6)
+    assert {hit["channel"] for hit in hits} == {None, 0, 1} and hits[0]["rank"] == 1 and 0 <= hits[0]["percentile"] <= 1
+    found = {os.fsencode(hit["path"]) for hit in hits}  # also of names that no text can hold
+    assert found == {os.fsencode(path) for path in folder.iterdir() if path.suffix != ".mp3"}
+    assert esr("search", QUERY, "--index", filled, "-k", 100)[1].count("\n") == len(hits)  # one line each, of any name
+
+
+def ids(esr, *arguments) -> list[str]:
+    code, out, err = esr("search", *arguments, "-k", 100, "--json")
+    assert code == OK, err
+    return [hit["id"] for hit in json.loads(out)]
+
+
+def test_what_is_asked_for_is_what_the_index_is_asked(esr, filled, folder):
+    index = Index.open(filled, recordings.load_retriever(Index.open(filled).about["run"])[0])
+    calm, call = "Speech that is calm.", str(folder / "call.wav")
+
+    def expected(query, **options):
+        return index.search(query, **{"k": 100} | options)["id"].tolist()
+
+    def found(*arguments):
+        return ids(esr, *arguments, "--index", filled)
+
+    middle = float(index.search(QUERY, k=100)["score"].median())
+    assert found(QUERY, calm) == expected([QUERY, calm])
+    assert found("a", "calm", "voice") == expected("a calm voice")  # quotes were forgotten
+    assert found(QUERY, "--minus", calm) == expected(QUERY, minus=calm)
+    assert found(QUERY, "--min-score", str(middle)) == expected(QUERY, min_score=middle)
+    assert found(QUERY, "--one-per", "file") == expected(QUERY, one_per="file")
+    assert found(QUERY, "--offset", "2") == expected(QUERY, offset=2)
+    assert found(QUERY, "--where", f"file={call}") == expected(QUERY, where={"file": call})
+    where = ("--where", "channel=1", "--where", "start_s=0..5.5", "--where", "end_s=..8")
+    assert found(QUERY, *where) == expected(QUERY, where={"channel": 1, "start_s": (0, 5.5), "end_s": (None, 8)})
+    several = ("--where", "channel=0", "--where", "channel=1", "--where", "start_s=2..")
+    assert found(QUERY, *several) == expected(QUERY, where={"channel": [0, 1], "start_s": (2, None)})
+    first = expected(QUERY)[0]
+    assert found("--like", first) == index.search_like(first, k=100)["id"].tolist()
+    example = str(folder / "one.flac")
+    assert found("--like", example) == index.search_like(example, k=100)["id"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "say what is looked for"),
+        ([""], "the query is empty"),
+        ([" ", " "], "the query is empty"),
+        (["word " * 10_000], r"10000 words\) long"),
+        (["word"] * 10_000, r"10000 words\) long"),
+        ([QUERY, "--minus", ""], "the query is empty"),
+        ([QUERY, "--where", "mood=good"], "there is no column 'mood'; this index has id, file"),
+        ([QUERY, "--where", "channel"], "write column=value"),
+        ([QUERY, "--where", "channel=left"], "channel is a number"),
+        ([QUERY, "--where", "start_s=.."], "a range is"),
+        ([QUERY, "--where", "start_s=nan"], "nan is no value of it"),
+        ([QUERY, "--one-per", "mood"], "there is no column 'mood'"),
+        ([QUERY, "-k", "0"], "k is 0"),
+        ([QUERY, "-k", "many"], "invalid int value"),
+        ([QUERY, "--offset", "-1"], "offset is -1"),
+        ([QUERY, "--like", "a.wav"], "--like takes no sentence"),
+        (["--like", "/nowhere/a.wav"], "neither the id of a moment of this index nor an audio file"),
+    ],
+)  # fmt: skip
+def test_queries_without_an_answer(esr, filled, arguments, said):
+    for command in (["search"], ["export", "--to", "/nowhere"]) if arguments else (["search"],):
+        code, out, err = esr(*command, *arguments, "--index", filled)
+        assert code == USAGE and out == "" and re.search(said, err) and len(err) < 2000, (code, err)
+
+
+def test_values_are_values_and_never_part_of_a_query(esr, own):
+    before = contents(own)
+    code, out, _ = esr("search", QUERY, "--where", "file=x' OR 'a'='a", "--index", own, "--json")
+    assert code == NOTHING and json.loads(out) == [] and contents(own) == before
+
+
+def test_nothing_found_has_a_code_of_its_own(esr, filled, tmp_path):
+    assert esr("search", QUERY, "--min-score", "1", "--index", filled) == (NOTHING, "", "esr: nothing was found\n")
+    assert esr("export", QUERY, "--min-score", "1", "--index", filled, "--to", tmp_path / "clips")[0] == NOTHING
+    assert not (tmp_path / "clips").exists()
+
+
+@pytest.mark.parametrize("command", [["search", QUERY], ["stats"]])
+def test_no_index(esr, tmp_path, command):
+    code, out, err = esr(*command, "--index", tmp_path / "none")
+    assert code == ERROR and out == "" and "holds no index" in err and not (tmp_path / "none").exists()
+    assert esr("search", QUERY)[0] == esr("stats")[0] == esr()[0] == USAGE
+
+
+# stats and export -------------------------------------------------------------------------------------------
+
+
+def test_stats(esr, filled, folder, tiny_run):
+    code, out, err = esr("stats", "--index", filled)
+    assert (code, err) == (OK, "") and "files:       4" in out and "broken.mp3: is empty (0 bytes)" in out
+    about = json.loads(esr("stats", "--index", filled, "--json")[1])
+    assert about["run"] == str(tiny_run) and about["level"] == "recorded" and about["files"] == 4
+    assert about["problems"] == {str(folder / "broken.mp3"): "is empty (0 bytes)"}
+
+
+def test_export_of_a_query_and_of_what_search_has_found(esr, filled, tmp_path, monkeypatch):
+    query = (QUERY, "--index", filled, "-k", 100)
+    code, out, err = esr("export", *query, "--to", tmp_path / "a")
+    found = esr("search", *query, "--json")[1]
+    n = len(json.loads(found))
+    assert (code, out, err) == (OK, f"{n} of {n} hits cut to {tmp_path / 'a'}\n", "")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(found))
+    assert esr("export", "--to", tmp_path / "b")[0] == OK
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "b").iterdir()) and len(names) == n + 1
+    for name in names[:-1]:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    code, _, err = esr("export", *query, "--to", tmp_path / "a")
+    assert code == ERROR and "is not empty" in err
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "no json", "{}", '["a"]', "[{}]", '[{"file": 1}]', '[{"file": "/a", "start_s": "1"}]',
+     '[{"file": "/a", "start_s": NaN}]', '[{"file": "/a", "end_s": Infinity}]', '[{"file": "/a", "channel": -1}]'],
+)  # fmt: skip
+def test_what_is_not_of_search_is_refused(esr, tmp_path, monkeypatch, text):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    code, _, err = esr("export", "--to", tmp_path / "clips")
+    assert code == USAGE and "is not what esr search --json prints" in err and not (tmp_path / "clips").exists()
+
+
+def test_hits_that_are_gone_are_named(esr, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps([{"file": "/nowhere/a.wav", "start_s": 1, "end_s": 2}])))
+    code, out, err = esr("export", "--to", tmp_path / "clips")
+    assert (code, err) == (ERROR, "esr: /nowhere/a.wav: is not there\n") and out.startswith("0 of 1 hits")
+
+
+# A shell ----------------------------------------------------------------------------------------------------
+
+
+def test_help_has_examples_and_codes_and_comes_at_once(esr):
+    code, out, _ = esr("search", "--help")
+    assert code == OK and "examples:" in out and "130  interrupted" in out and 'esr search "excited" --minus' in out
+    assert all(name in esr("--help")[1] for name in ("index", "search", "stats", "export"))
+
+
+def test_ctrl_c_leaves_a_good_index_and_says_how_to_go_on(esr, own, tmp_path, speech):
+    """While the new file, a long one, is being heard; what was there stays, and the same command completes it."""
+    before = contents(own)
+    (tmp_path / "long").mkdir()
+    with soundfile.SoundFile(tmp_path / "long" / "long.wav", "w", RATE, 1) as file:
+        for _ in range(900 * RATE // len(speech)):
+            file.write(speech)
+    command = [sys.executable, "-m", "esr_utils.cli", "index", str(tmp_path / "long"), "--index", own]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, start_new_session=True, **pipes)
+    deadline = time.monotonic() + 60
+    while "long.wav" not in open_files(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: also to what it has started
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (INTERRUPTED, "") and "run the same command again to go on" in err
+    assert "Traceback" not in err and contents(own) == before
+    (tmp_path / "long" / "long.wav").unlink()
+    soundfile.write(tmp_path / "long" / "long.wav", speech[: 5 * RATE], RATE)
+    assert esr("index", tmp_path / "long", "--index", own)[0] == OK and contents(own)[1] == before[1] + 1
+
+
+def test_ctrl_c_that_a_library_swallows_ends_it_all_the_same(esr, own, folder, tmp_path, monkeypatch):
+    def swallowing(path, channels, moments=recordings.moments):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        yield from moments(path, channels)
+
+    monkeypatch.setattr(recordings, "moments", swallowing)
+    shutil.copy(folder / "call.wav", tmp_path)
+    code, out, err = esr("index", tmp_path / "call.wav", "--index", own)
+    assert (code, out) == (INTERRUPTED, "") and "run the same command again" in err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def open_files(pid: int) -> str:
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("needs /proc")
+    try:
+        return " ".join(os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:
+        return ""
+
+
+def test_a_closed_pipe_ends_it_without_a_word(filled, monkeypatch, capsys):
+    """As `esr search ... | head -1`: who reads has had enough."""
+    for arguments in (["search", QUERY, "--json", "-k", "1000"], ["stats"]):
+        read, write = os.pipe()
+        os.close(read)
+        with open(write, "w") as closed:
+            monkeypatch.setattr(sys, "stdout", closed)
+            assert cli.main([*arguments, "--index", filled]) == PIPE_CLOSED
+    assert capsys.readouterr().err == ""
+
+
+def test_it_is_installed_as_a_command():
+    (entry,) = [one for one in metadata.entry_points(group="console_scripts") if one.name == "esr"] or [None]
+    declared = tomllib.loads((Path(cli.__file__).parents[1] / "pyproject.toml").read_text())["project"]["scripts"]
+    assert declared == {"esr": "esr_utils.cli:main"} and (entry is None or entry.value == declared["esr"])

@@ -1,0 +1,135 @@
+"""Columns of moments from a labels.csv: which row is about which moment, types, and what changes with the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+
+from esr_utils import recordings
+from esr_utils.index import Index
+from esr_utils.recording_labels import Labels, LabelsError
+
+RATE = 16_000
+
+
+@pytest.fixture
+def folder(tmp_path, speech) -> Path:
+    root = tmp_path / "folder"
+    (root / "deep").mkdir(parents=True)
+    soundfile.write(root / "one.flac", speech[: 10 * RATE], RATE)
+    soundfile.write(root / "deep" / "two.wav", speech[10 * RATE : 18 * RATE], RATE)
+    soundfile.write(root / "three.wav", speech[18 * RATE : 22 * RATE], RATE)
+    return root
+
+
+@pytest.fixture
+def index(tmp_path, tiny_model) -> Index:
+    return Index.create(tmp_path / "index", tiny_model)
+
+
+def refresh(index: Index, folder: Path, labels: str) -> recordings.Report:
+    (folder / "labels.csv").write_text(labels, encoding="utf-8")
+    return recordings.refresh(index, recordings.find(folder))
+
+
+def rows(index: Index) -> pd.DataFrame:
+    index.reload()
+    found = index.table.to_pandas().query("written == 0").sort_values(["file", "start_s"]).reset_index(drop=True)
+    return found.assign(file=[Path(key).name for key in found["file"]])
+
+
+def values(index: Index, column: str) -> dict[str, list]:
+    """By file, the values of its moments, each once."""
+    found = rows(index)
+    cells = [None if pd.isna(cell) else cell for cell in found[column]]
+    return {
+        file: list(dict.fromkeys(c for c, f in zip(cells, found["file"], strict=True) if f == file))
+        for file in found["file"]
+    }
+
+
+def test_columns_can_be_filtered_and_shown(index, folder):
+    refresh(index, folder, "path,speaker,year,code\none.flac,anna,2024,007\n./deep/two.wav,ben,2025.5,1\n")
+    assert values(index, "speaker") == {"one.flac": ["anna"], "two.wav": ["ben"], "three.wav": [None]}
+    assert values(index, "year") == {"one.flac": [2024.0], "two.wav": [2025.5], "three.wav": [None]}
+    assert values(index, "code")["one.flac"] == ["007"]  # 7 would be another code
+    hits = index.search("angry", k=100, where={"speaker": "ben", "year": (2025, None)})
+    assert {Path(key).name for key in hits["file"]} == {"two.wav"}
+    assert len(index.search("angry", k=100, one_per="speaker", where={"speaker": ["anna", "ben"]})) == 2
+
+
+def test_rows_of_parts_of_a_file(index, folder):
+    refresh(index, folder, "path,start_s,end_s,speaker\none.flac,,4,anna\none.flac,4,8,ben\none.flac,7,,carl\n")
+    found = rows(index).query("file == 'one.flac'")
+    middles = (found["start_s"] + found["end_s"]) / 2
+    expected = ["anna" if middle < 4 else "ben" if middle < 8 else "carl" for middle in middles]
+    assert found["speaker"].tolist() == expected and len(set(expected)) > 1
+
+
+def test_rows_of_a_channel(tmp_path):
+    (tmp_path / "labels.csv").write_text("path,channel,speaker\ncall.wav,1,ben\ncall.wav,0,anna\n")
+    labels = Labels()
+    labels.read(tmp_path)
+    moments = pd.DataFrame({"start_s": [0.0, 0.0], "end_s": [1.0, 1.0], "channel": pd.array([0, 1], "Int64")})
+    columns = labels.for_index(type("Empty", (), {"columns": lambda self: {}})())
+    assert columns.of(str(tmp_path / "call.wav"), moments)["speaker"].tolist() == ["anna", "ben"]
+    assert list(columns.of(str(tmp_path / "other.wav"), moments)) == []
+
+
+def test_other_labels_change_the_moments_and_embed_nothing(index, folder, monkeypatch):
+    recordings.refresh(index, recordings.find(folder))
+    before = rows(index)
+    monkeypatch.setattr(recordings._Embedder, "_take", None)  # it would fail
+    report = refresh(index, folder, "path,speaker\none.flac,anna\nthree.wav,ben\ngone.wav,carl\n")
+    assert (report.embedded, report.unchanged, report.relabelled) == (0, 3, 2)
+    report = refresh(index, folder, "path,speaker,mood\none.flac,anna,3\nthree.wav,carl,\n")
+    assert report.relabelled == 2
+    after = rows(index)
+    assert values(index, "speaker") == {"one.flac": ["anna"], "two.wav": [None], "three.wav": ["carl"]}
+    assert values(index, "mood") == {"one.flac": [3.0], "two.wav": [None], "three.wav": [None]}
+    pd.testing.assert_frame_equal(after[["id", "file", "start_s", "end_s"]], before[["id", "file", "start_s", "end_s"]])
+    np.testing.assert_array_equal(np.stack(after["vector"]), np.stack(before["vector"]))
+    report = recordings.refresh(index, recordings.find(folder))
+    assert (report.relabelled, report.unchanged) == (0, 3)
+    assert recordings.refresh(index, recordings.find(folder)).problems == {}
+    report = refresh(index, folder, "path,speaker\nthree.wav,\n")
+    assert report.relabelled == 1 and values(index, "speaker")["three.wav"] == [None]
+
+
+def test_a_file_by_itself_has_the_labels_of_its_folder(index, folder):
+    (folder / "labels.csv").write_text("path,speaker\none.flac,anna\n")
+    recordings.refresh(index, recordings.find([folder / "one.flac", folder / "three.wav"]))
+    assert values(index, "speaker") == {"one.flac": ["anna"], "three.wav": [None]}
+
+
+def test_numbers_in_a_column_of_text_are_text(index, folder):
+    refresh(index, folder, "path,code\none.flac,a\n")
+    refresh(index, folder, "path,code\none.flac,7\n")
+    assert values(index, "code")["one.flac"] == ["7"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ("speaker\nanna\n", "has no column 'path'; it has speaker"),
+        ("path,id,score\none.flac,1,2\n", "columns of its own named id, score"),
+        ("path,start_s\none.flac,now\n", "line 2: 'now' is no number"),
+        ("path,end_s\none.flac,nan\n", "line 2: 'nan' is no number"),
+        ("path,speaker\none.flac\n", "labels.csv"),
+        ("", "has no header"),
+    ],
+)
+def test_labels_that_cannot_be_used_are_refused(index, folder, labels, message):
+    with pytest.raises(LabelsError, match=message):
+        refresh(index, folder, labels)
+    assert index.files().empty
+
+
+def test_text_in_a_column_of_numbers_is_refused(index, folder):
+    refresh(index, folder, "path,year\none.flac,2024\n")
+    with pytest.raises(LabelsError, match="column 'year' .* is of numbers"):
+        refresh(index, folder, "path,year\none.flac,old\n")
