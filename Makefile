@@ -11,7 +11,7 @@ demo: .venv/installed  ## train, evaluate and search on the demo corpus; everyth
 	@echo "Open runs/quickstart/00_quickstart.html to see and hear it; results.json and figures/ are beside it."
 
 test: .venv/installed  ## the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder  # else the notebooks, few and long, come last
 
 lab: .venv/installed  ## JupyterLab
 	$(BIN)/jupyter lab notebooks
