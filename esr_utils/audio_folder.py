@@ -20,7 +20,7 @@ class NoAudio(ValueError):
     """A folder without recordings; the message says what was looked for."""
 
 
-def find_audio(folder: str | Path) -> tuple[list[tuple[str, Path]], list[tuple[str, str]]]:
+def find_audio(folder: str | Path, gone: bool = False) -> tuple[list[tuple[str, Path]], list[tuple[str, str]]]:
     """Audio and video files below a folder, by the ending of their names, or one file of any name.
 
     Hidden files and folders (names that begin with ".") are passed over. Links are not followed to folders: one within
@@ -28,15 +28,20 @@ def find_audio(folder: str | Path) -> tuple[list[tuple[str, Path]], list[tuple[s
     unless that file is already under its own name or another link. What leads outside of the folder is left out: a
     stray link would otherwise bring in a whole disk. Name the place it leads to instead.
 
+    Args:
+        gone: whether there may be none, or no such folder any more.
+
     Returns:
         Key and absolute path of each file, once, in the order of the paths; and key and reason of what was left out.
     Raises:
-        NoAudio: there is no such folder, or nothing to be used in it.
+        NoAudio: there is no such folder, or nothing to be used in it, and `gone` is false.
     """
     root = _absolute(folder)
     if root.is_file():
         return [(_key(Path(root.name)), root)], []
     if not root.is_dir():
+        if gone:
+            return [], []
         raise NoAudio(f"{printable(folder)} is no file and no folder: give a recording, or a folder of them")
     files, links, left_out = _walk(root)
     seen = set(files)  # a file that is no link, in a folder reached through none, is where its path says
@@ -49,7 +54,7 @@ def find_audio(folder: str | Path) -> tuple[list[tuple[str, Path]], list[tuple[s
             seen.add(target)
             files.append(link)
     reasons = [(_key(path.relative_to(root)), left_out[path]) for path in sorted(left_out)]
-    if not files:
+    if not files and not gone:
         said = "".join(f"; {printable(key)}: {reason}" for key, reason in reasons[:3])
         raise NoAudio(f"{printable(folder)} holds no audio; known are {', '.join((*AUDIO, *VIDEO))}{said}")
     return [(_key(path.relative_to(root)), path) for path in sorted(files)], reasons

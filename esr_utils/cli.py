@@ -6,7 +6,6 @@ command needs them, so that `esr --help` and a mistyped option answer at once.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -16,51 +15,16 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from esr_utils.cli_options import ERROR, INTERRUPTED, NOTHING, OK, PIPE_CLOSED, USAGE, parser
+
 if TYPE_CHECKING:
+    from argparse import Namespace
+
     import pandas as pd
 
     from esr_utils.config import Level
     from esr_utils.index import Index
     from esr_utils.retriever import Retriever
-
-OK, ERROR, USAGE, NOTHING, INTERRUPTED = 0, 1, 2, 3, 130
-PIPE_CLOSED = 141  # as a shell has it of a program that SIGPIPE ended
-
-CODES = """
-exit codes:
-  0    done; found
-  1    error: no audio, no such index or run, another model's index, the disk is full; the index is as it was
-  2    a wrong option, or a query that cannot be answered: empty, too long, of a column that is not there
-  3    nothing was found
-  130  interrupted (Ctrl-C); what was written stays, and the same command goes on
-"""
-INDEX = """
-Folders are gone through with all below them: wav, flac, ogg, opus, mp3, and with ffmpeg m4a, mp4, mkv and more.
-Speech is cut into moments of 1 to 10 s. Run it again at any time: only what is new or changed is embedded, what is
-gone is dropped, and what was interrupted is completed. A labels.csv in a folder, with a column path, gives the moments
-of its files columns such as speaker; rows with start_s and end_s tell of a part of a file.
-
-examples:
-  esr index ~/podcast --index podcast.index
-  esr index calls/2025 calls/2026 --index calls.index --channels split    # one party a channel
-  esr index ~/podcast --index s3://bucket/podcast --run acted             # by the retriever of runs/acted
-"""
-QUERY = """
-A sentence stands in quotes; of several the average is looked for. Words without quotes are one sentence.
-
-examples:
-  esr search "a tired, sarcastic answer" --index podcast.index
-  esr search "excited" --minus "angry" --where speaker=anna --where start_s=60..600 --index podcast.index
-  esr search "whispering" "half asleep" --one-per file -k 20 --json --index podcast.index | jq -r .[].path
-  esr search --like example.wav --min-score 0.3 --index podcast.index
-"""
-EXPORT = """
-The folder is new or empty. It gets one WAV file a hit, and hits.csv.
-
-examples:
-  esr export "a tired, sarcastic answer" -k 20 --index podcast.index --to tired
-  esr search "excited" --index podcast.index --json | jq '.[:3]' | esr export --to excited
-"""
 
 
 class UsageError(ValueError):
@@ -68,15 +32,15 @@ class UsageError(ValueError):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command and returns its exit code, which `CODES` explains."""
-    options = _parser().parse_args(arguments)
+    """Runs a command and returns its exit code, which `cli_options.CODES` explains."""
+    options = parser().parse_args(arguments)
     if not _watched():
         os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: progress is for who watches
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns of forks: ffmpeg is one
     sys.stdout.reconfigure(errors="backslashreplace")  # names of any letters, in any locale
     sys.stderr.reconfigure(errors="backslashreplace")
     try:
-        code = options.command(options)
+        code = {"index": _index, "search": _search, "stats": _stats, "export": _export}[options.name](options)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -120,15 +84,19 @@ def _say(message: str) -> None:
 # Commands ---------------------------------------------------------------------------------------------------
 
 
-def _index(options: argparse.Namespace) -> int:
+def _index(options: Namespace) -> int:
     from esr_utils import recordings
+    from esr_utils.audio_folder import NoAudio
     from esr_utils.index import Index
 
-    found = recordings.find(options.places)  # before a model is loaded for nothing
+    try:
+        found = recordings.find(options.places, options.gone)  # before a model is loaded for nothing
+    except NoAudio as error:
+        raise NoAudio(f"{error}. If its recordings were removed for good, --gone drops them from the index") from None
     model, level, run = _retriever(options)
-    index = Index.create(options.index, model, level=level, run=run)
+    index = Index.create(options.index, model, level=level, run=run, channels=options.channels)
     with _Bar() as bar:
-        report = recordings.refresh(index, found, options.channels, bar)
+        report = recordings.refresh(index, found, bar)
     for key, reason in (report.problems | report.left_out).items():
         _say(f"{_shown(key)}: {reason}")
     files = index.files()
@@ -178,7 +146,7 @@ class _Bar:
         self.bar.close()
 
 
-def _search(options: argparse.Namespace) -> int:
+def _search(options: Namespace) -> int:
     hits = _hits(options)
     if options.json:
         _print_json(_records(hits))
@@ -191,7 +159,7 @@ def _search(options: argparse.Namespace) -> int:
     return NOTHING if hits.empty else OK
 
 
-def _stats(options: argparse.Namespace) -> int:
+def _stats(options: Namespace) -> int:
     from esr_utils.index import Index
 
     index = Index.open(options.index)
@@ -200,23 +168,24 @@ def _stats(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(about)
         return OK
-    for name in ("uri", "model", "run", "dim", "level", "files", "moments", "hours", "approximate", "bytes"):
-        print(f"{name + ':':<13}{about[name]:.2f}" if name == "hours" else f"{name + ':':<13}{about[name]}")
-    print("columns:     " + ", ".join(f"{name} ({kind})" for name, kind in about["columns"].items()))
-    print(f"problems:    {len(about['problems'])}")
+    for name, value in about.items():
+        if name not in ("columns", "problems"):
+            print(f"{name + ':':<21}{value:.2f}" if isinstance(value, float) else f"{name + ':':<21}{value}")
+    print(f"{'columns:':<21}" + ", ".join(f"{name} ({kind})" for name, kind in about["columns"].items()))
+    print(f"{'problems:':<21}{len(about['problems'])}")
     for key, reason in about["problems"].items():
         print(f"  {_shown(key)}: {reason}")
     return OK
 
 
-def _export(options: argparse.Namespace) -> int:
-    from esr_utils import recordings
+def _export(options: Namespace) -> int:
+    from esr_utils import clips
 
     hits = _hits(options) if _has_query(options) else _read_hits()
     if hits.empty:
         _say("nothing was found, so there is nothing to cut")
         return NOTHING
-    table = recordings.export(hits, options.to)
+    table = clips.export(hits, options.to)
     bad = table[table["problem"] != ""]
     for key, reason in zip(bad["file"], bad["problem"], strict=True):
         _say(f"{_shown(key)}: {reason}")
@@ -227,11 +196,11 @@ def _export(options: argparse.Namespace) -> int:
 # Queries ----------------------------------------------------------------------------------------------------
 
 
-def _has_query(options: argparse.Namespace) -> bool:
+def _has_query(options: Namespace) -> bool:
     return bool(options.sentence or options.like)
 
 
-def _hits(options: argparse.Namespace) -> pd.DataFrame:
+def _hits(options: Namespace) -> pd.DataFrame:
     if not _has_query(options):
         raise UsageError('say what is looked for: esr search "a tired, sarcastic answer", or --like FILE')
     if not options.index:
@@ -252,14 +221,14 @@ def _hits(options: argparse.Namespace) -> pd.DataFrame:
     return index.search(_sentences(options.sentence), options.k, options.min_score, minus=options.minus, **rest)
 
 
-def _open(options: argparse.Namespace) -> Index:
+def _open(options: Namespace) -> Index:
     from esr_utils.index import Index
 
     Index.open(options.index)  # that there is none is said before a model is loaded
     return Index.open(options.index, _retriever(options)[0])
 
 
-def _retriever(options: argparse.Namespace) -> tuple[Retriever, Level, str]:
+def _retriever(options: Namespace) -> tuple[Retriever, Level, str]:
     """Of the run that is named, else of that which made the index, else the default."""
     from esr_utils import recordings, runs, weights
     from esr_utils.index import Index
@@ -369,69 +338,6 @@ def _clock(seconds: float) -> str:
 
 def _print_json(value: object) -> None:
     print(json.dumps(value, indent=2))  # in ASCII: no locale changes it
-
-
-# Options ----------------------------------------------------------------------------------------------------
-
-
-def _parser() -> argparse.ArgumentParser:
-    def command(name: str, run: Callable, about: str, more: str, goes_on: str = "nothing was changed") -> Any:
-        made = commands.add_parser(
-            name, help=about, description=about[0].upper() + about[1:] + ".", epilog=more + CODES,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
-        made.set_defaults(command=run, goes_on=goes_on)
-        return made
-
-    parser = argparse.ArgumentParser(
-        "esr", description="Search recordings by how something is said.", epilog=CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    index = command(
-        "index", _index, "make an index of recordings, or bring it up to date", INDEX,
-        "what was written stays: run the same command again to go on",
-    )  # fmt: skip
-    index.add_argument("places", nargs="+", metavar="DIR", help="a folder of recordings, or a recording")
-    index.add_argument("--index", required=True, metavar="PATH", help="where the index is, or will be")
-    index.add_argument(
-        "--run", help="run whose retriever is used: a name below runs/, or a folder (default: that of the index)"
-    )
-    index.add_argument(
-        "--channels", choices=["mix", "split"], default="mix",
-        help="listen to all channels together, or to each by itself, as for calls (default: mix)",
-    )  # fmt: skip
-    index.add_argument("--json", action="store_true", help="print what was done as JSON")
-
-    search = command("search", _search, "find moments by a sentence, or by an example", QUERY)
-    _add_query(search)
-    search.add_argument("--json", action="store_true", help="print a JSON list of the hits, with all columns")
-
-    stats = command("stats", _stats, "say what an index holds, and which files could not be used", "")
-    stats.add_argument("--index", required=True, metavar="PATH", help="where the index is")
-    stats.add_argument("--json", action="store_true", help="print it as JSON")
-
-    goes_on = "what was cut stays"
-    export = command("export", _export, "cut hits to audio files, with a CSV", EXPORT, goes_on)
-    _add_query(export)
-    export.add_argument("--to", required=True, metavar="FOLDER", help="a new or empty folder")
-    return parser
-
-
-def _add_query(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("sentence", nargs="*", help="how it should sound, in plain words")
-    add("--index", metavar="PATH", help="where the index is")
-    add("--run", help="run whose retriever made the index, where it is no longer at its place")
-    add("-k", type=int, default=10, metavar="N", help="hits (default: 10)")
-    add("--like", metavar="FILE_OR_ID", help="an example in place of a sentence: an audio file, or the id of a moment")
-    add("--minus", metavar="SENTENCE", help="how it should not sound")
-    add("--where", action="append", default=[], metavar="COLUMN=VALUE", help="keep what has this value, or one from "
-        "LOW..HIGH (either may be left out); of several for one column any, of several columns all")  # fmt: skip
-    add("--min-score", type=float, default=-1.0, metavar="S", help="leave out what scores below this cosine, -1 to 1")
-    add("--one-per", metavar="COLUMN", help="only the best of each file, speaker, ...")
-    add("--offset", type=int, default=0, metavar="N", help="hits to skip: -k 10 --offset 10 is the second page")
 
 
 if __name__ == "__main__":

@@ -13,39 +13,34 @@ is told in `index_table`. Embedding is the caller's: `refresh` and `add` take it
 
 from __future__ import annotations
 
-import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pandas as pd
 import pyarrow.compute as pc
-import soundfile
-import torch
 from numpy.typing import NDArray
 
 from esr_utils import nearest, runs
-from esr_utils.audio_files import AudioError
-from esr_utils.audio_folder import absolute_key, absolute_path, printable
+from esr_utils.audio_folder import absolute_key, absolute_path
 from esr_utils.config import Level
-from esr_utils.decoding import read_spans
 from esr_utils.index_rows import Embedded, File
 from esr_utils.index_snapshot import QueryError, Snapshot
-from esr_utils.index_table import IndexTable
+from esr_utils.index_writing import IndexWriter
+from esr_utils.query_vectors import Query, of_file, of_query, unit
 
 # What embeds audio is imported where that is done: a process that only searches takes 0.2 GB less.
 if TYPE_CHECKING:
     from esr_utils.embedding import Embeddings
+    from esr_utils.moments import Channels
     from esr_utils.retriever import Retriever
 
 EXACT_LIMIT = 1_000_000  # moments; past that an approximate index is used where there is one
-MAX_QUERY = 2000  # characters of a sentence: some 400 words, more than a text backbone reads
-Query = str | Sequence[str] | NDArray[np.floating]
 
 
-class Index(IndexTable):
+class Index(IndexWriter):
     """An open index that can be searched. `create` and `open` make one.
 
     Attributes:
@@ -64,9 +59,10 @@ class Index(IndexTable):
         level: Level = "normalised",
         replace: bool = False,
         run: str = "",
+        channels: Channels | None = None,
     ) -> Self:
         """A new index for what this retriever makes, or the one that is there; as `IndexTable.create_named`."""
-        found = cls.create_named(uri, model_id(model), model.config.dim, pooled, level, replace, run)
+        found = cls.create_named(uri, model_id(model), model.config.dim, pooled, level, replace, run, channels)
         found.model = model
         return found
 
@@ -171,11 +167,10 @@ class Index(IndexTable):
             QueryError: the query is empty, longer than MAX_QUERY or no unit vector can be made of it; k or offset is
                 too small; a column does not exist, or its values are of another type.
         """
-        vector = self._unit(query)
+        vector = of_query(query, self.model, self.about["dim"])
         if minus is not None:
-            vector = _normalised(
-                vector - minus_weight * self._unit(minus), "the query and what is taken from it are the same"
-            )
+            less = vector - minus_weight * of_query(minus, self.model, self.about["dim"])
+            vector = unit(less, "the query and what is taken from it are the same")
         return self._nearest(vector, k, min_score, where=where, one_per=one_per, offset=offset, approximate=approximate)
 
     def search_like(self, example: str | Path, k: int = 10, min_score: float = -1.0, **options: Any) -> pd.DataFrame:
@@ -186,9 +181,10 @@ class Index(IndexTable):
         """
         own = self._own(str(example))
         if own is None:
-            return self.search(self._embed_file(Path(example)), k, min_score, **options)
+            vector = of_file(Path(example), self.model, self.about["level"])
+            return self.search(vector, k, min_score, **options)
         row, vector = own
-        return self._nearest(_normalised(vector), k, min_score, without=row, **options)
+        return self._nearest(unit(vector), k, min_score, without=row, **options)
 
     def _own(self, example: str) -> tuple[int, NDArray[np.float32]] | None:
         """Row id and vector of the moment that has this id, or is all of this file."""
@@ -201,49 +197,6 @@ class Index(IndexTable):
                     if column == "id" or row["start_s"] is None:
                         return row["_rowid"], np.array(row["vector"], np.float32)
         return None
-
-    def _unit(self, query: Query) -> NDArray[np.float32]:
-        """A query's unit vector (d,)."""
-        dim = self.about["dim"]
-        if isinstance(query, np.ndarray):
-            if query.shape != (dim,) or not np.isfinite(query).all():
-                raise QueryError(f"a query vector of this index is ({dim},) finite numbers; this one is {query.shape}")
-            return _normalised(query.astype(np.float32))
-        sentences = [query] if isinstance(query, str) else list(query)
-        if not sentences or not all(isinstance(sentence, str) and sentence.strip() for sentence in sentences):
-            raise QueryError(
-                "the query is empty: describe how the speech should sound, e.g. 'an angry, shouting voice'"
-            )
-        for sentence in sentences:
-            if len(sentence) > MAX_QUERY:
-                raise QueryError(
-                    f"the query is {len(sentence)} characters ({len(sentence.split())} words) long; "
-                    f"at most {MAX_QUERY} are taken: describe how the speech should sound in a sentence or two"
-                )
-        if self.model is None:
-            raise QueryError("this index was opened without a model, which sentences need: Index.open(uri, model)")
-        with torch.no_grad():
-            return _normalised(self.model.encode_text(sentences).float().mean(0).cpu().numpy())
-
-    def _embed_file(self, path: Path) -> NDArray[np.float32]:
-        from lhotse import CutSet, Recording
-
-        from esr_utils.embedding import embed
-
-        if not path.is_file():
-            raise QueryError(f"{path} is neither the id of a moment of this index nor an audio file")
-        if self.model is None:
-            raise QueryError("this index was opened without a model, which an audio file needs: Index.open(uri, model)")
-        try:
-            recording = Recording.from_file(path)
-        except Exception:  # what lhotse does not read, perhaps ffmpeg does
-            recording = Recording.from_bytes(_as_wav(path), str(path))
-        cut = recording.to_cut()  # of all channels, which are averaged
-        cut.custom = {"utterance_id": str(path), "style": ""}
-        found = embed(self.model, CutSet.from_cuts([cut]), self.about["level"], cache=None)
-        if not len(found.vectors):
-            raise QueryError(f"{path}: {found.skipped['reason'].iloc[0]}")
-        return found.vectors[0]
 
     def _nearest(
         self,
@@ -339,21 +292,3 @@ def _stated(key: str) -> File:
     path = absolute_path(key)
     status = os.stat(path)
     return File(key, path, status.st_size, status.st_mtime_ns, "")
-
-
-def _as_wav(path: Path) -> bytes:
-    """A file of any kind as WAV, in memory."""
-    wav = io.BytesIO()
-    try:
-        (samples,), rate = read_spans(path, [(0.0, None)])
-    except AudioError as error:
-        raise QueryError(f"{printable(path)} is no readable audio file: it {error}") from None
-    soundfile.write(wav, samples, rate, format="WAV", subtype="FLOAT")
-    return wav.getvalue()
-
-
-def _normalised(vector: NDArray[np.float32], otherwise: str = "the query vector is zero") -> NDArray[np.float32]:
-    length = float(np.linalg.norm(vector))
-    if length < 1e-6:
-        raise QueryError(otherwise)
-    return vector / np.float32(length)

@@ -25,6 +25,10 @@ from numpy.typing import NDArray
 ENTRY = ("written", "file_size", "file_mtime_ns", "file_sha256", "file_moments", "file_problem")
 RESERVED = ("id", "file", "version", "model", "vector", "pooled", "rank", "score", "percentile", *ENTRY)
 
+# The problem of a file of which only the moments up to some place are there, since it is still being embedded, or that
+# was interrupted; a refresh goes on with it.
+UNFINISHED = "is not embedded to its end yet: run esr index again"
+
 
 class IndexUnusable(ValueError):
     """There is no index, it is another one's, or what is to be added does not fit it; the message says what to do."""
@@ -75,7 +79,8 @@ class Embedded:
             file, channel and range.
         vectors: (n, d), unit length; kept as fp16.
         pooled: (n, p) what the vectors were projected from, kept as fp16, or None in an index that keeps none.
-        problem: why there are no moments, or not those of the whole file, where it could not be used.
+        problem: why there are no moments, or not those of the whole file, where it could not be used; UNFINISHED where
+            the rest is still to come.
     """
 
     file: File
@@ -95,7 +100,7 @@ class Changes:
     """What has become of the files since they were indexed.
 
     Attributes:
-        new: key and path of files that are not in the index yet.
+        new: key and path of files that are not in the index yet, or not to their end.
         changed: of another content.
         touched: of another time in their folder, of the same content.
         gone: keys that are in the index and were not found.

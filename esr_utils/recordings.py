@@ -1,19 +1,18 @@
-"""Recordings into an index, and out of it again: found, cut into moments, embedded, written; hits cut to audio files.
+"""Recordings into an index: found, cut into moments, embedded, written.
 
     found = recordings.find(["path/to/recordings", "one more.mp3"])
     model, level, run = recordings.load_retriever("acted")
     index = Index.create("recordings.index", model, level=level, run=run)
     report = recordings.refresh(index, found)                   # only what is new or changed is embedded
-    recordings.export(index.search("a tired, sarcastic answer"), "clips")
 
 Embedding is fast where clips of like length are side by side, while files are short, long or without speech. So the
 moments of many files wait together, up to five minutes of speech, and are embedded by length; each file is written when
-all of its own are through.
+all of its own are through, and one that takes long also on the way. If that is interrupted, the file is heard from its
+start again, so that its moments are the same, but what is there of them is not embedded again.
 """
 
 from __future__ import annotations
 
-import io
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,20 +21,20 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import soundfile
 import torch
 from numpy.typing import NDArray
 from torch.nn.utils.rnn import pad_sequence
 
 from esr_utils import retriever, runs
 from esr_utils.audio_files import AudioError
-from esr_utils.audio_folder import absolute_key, absolute_path, find_audio
+from esr_utils.audio_folder import absolute_key, find_audio
 from esr_utils.batches import BadAudio, prepared
 from esr_utils.config import SAMPLE_RATE, Level
-from esr_utils.decoding import NoFfmpegError, read_spans
+from esr_utils.decoding import NoFfmpegError
 from esr_utils.index import Index
-from esr_utils.index_rows import Embedded, File
-from esr_utils.moments import MIN_S, Channels, Moment, moments
+from esr_utils.index_rows import UNFINISHED, Embedded, File
+from esr_utils.index_table import matrix
+from esr_utils.moments import MIN_S, Moment, moments
 from esr_utils.recording_labels import Columns, Labels
 from esr_utils.retriever import Retriever
 from esr_utils.weights import WeightsError
@@ -43,10 +42,12 @@ from esr_utils.weights import WeightsError
 DEFAULT_RUN = runs.DEFAULT_RUN  # whose retriever makes an index where no run is named
 POOL_S = 300.0  # seconds of speech that wait to be embedded: 19 MB
 WAIT_S = 20.0  # seconds after which what waits is embedded, however little it is
+PART_S = 60.0  # seconds after which what there is so far of a file is written, and so is lost by a kill at most
 _AT_ONCE = 100  # hits of one file that are in memory together when they are cut
 BATCH_S = 16.0  # seconds a forward pass, with what is padded: more is no faster on a CPU, and takes more memory
 
 Progress = Callable[[int, int, float], None]
+Place = tuple[float, float, int | None]  # start_s, end_s, channel
 
 
 def load_retriever(run: str | Path | None = None, device: str = "auto") -> tuple[Retriever, Level, str]:
@@ -93,17 +94,21 @@ class Found:
     labels: Labels
 
 
-def find(places: str | Path | Iterable[str | Path]) -> Found:
+def find(places: str | Path | Iterable[str | Path], gone: bool = False) -> Found:
     """What recordings there are in folders (see `audio_folder.find_audio`), or files, by `audio_folder.absolute_key`.
 
+    Args:
+        gone: whether a place that is not there, or holds none, is one whose recordings were removed for good.
+
     Raises:
-        audio_folder.NoAudio: one of the places is not there, or holds none.
+        audio_folder.NoAudio: one of the places is not there, or holds none, and `gone` is false: a disk that is not
+            mounted looks the same.
         recording_labels.LabelsError: a labels.csv cannot be used.
     """
     found, folders = Found([], {}, {}, Labels()), {}
     for place in [places] if isinstance(places, str | Path) else places:
         root = Path(place).expanduser().resolve()
-        files, left_out = find_audio(root)
+        files, left_out = find_audio(root, gone)
         found.within.append(key := absolute_key(root))
         found.files.update((absolute_key(path), path) for _, path in files)
         found.left_out.update((f"{key}/{name}", reason) for name, reason in left_out)
@@ -137,12 +142,11 @@ class Report:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-def refresh(index: Index, found: Found, channels: Channels = "mix", progress: Progress | None = None) -> Report:
+def refresh(index: Index, found: Found, progress: Progress | None = None) -> Report:
     """Embeds what is new or changed, and drops what is gone from the places. Interrupted, run it again.
 
     Args:
-        index: with a model.
-        channels: as `moments.moments`, of what is embedded now.
+        index: with a model; its `about` says how recordings of several channels are heard.
         progress: is called with the files done, those to do in all, and the seconds of audio heard.
 
     Raises:
@@ -156,7 +160,7 @@ def refresh(index: Index, found: Found, channels: Channels = "mix", progress: Pr
     report = Report(unchanged=changes.unchanged + len(changes.touched), removed=len(changes.gone))
     n_files = len(changes.changed) + len(changes.new)
     heard = (lambda done, seconds: progress(done, n_files, seconds)) if progress else None
-    embedder = _Embedder(index, labels, channels, report, heard)
+    embedder = _Embedder(index, labels, report, heard)
     new = {key for key, _ in changes.new} | {file.key for file in changes.changed}
     same = {key: path for key, path in found.files.items() if key not in new}
 
@@ -179,17 +183,18 @@ def _in(key: str, places: Mapping[str, str]) -> bool:
 class _Recording:
     """A file that is being heard: its moments, and their vectors as far as they are there."""
 
-    def __init__(self, file: File) -> None:
-        self.file, self.problem = file, ""
-        self.places: list[tuple[float, float, int | None]] = []
-        self.vectors: list[NDArray[np.float32] | None] = []
+    def __init__(self, file: File, known: Mapping[Place, NDArray[np.float16]]) -> None:
+        """Args: known: vectors of its moments that are there since it was interrupted, by their places."""
+        self.file, self.known, self.problem, self.written = file, known, "", time.monotonic()
+        self.places: list[Place] = []
+        self.vectors: list[NDArray[np.floating] | None] = []
 
-    def embedded(self, dim: int, labels: Columns) -> Embedded:
+    def embedded(self, dim: int, labels: Columns, problem: str) -> Embedded:
         table = pd.DataFrame(self.places, columns=["start_s", "end_s", "channel"])
         table = table.astype({"start_s": float, "end_s": float, "channel": "Int64"})
         table = pd.concat([table, labels.of(self.file.key, table)], axis=1)
         vectors = np.stack(self.vectors) if self.vectors else np.zeros((0, dim), np.float32)
-        return Embedded(self.file, table, vectors, problem=self.problem)
+        return Embedded(self.file, table, vectors, problem=problem)
 
 
 class _Embedder:
@@ -199,31 +204,44 @@ class _Embedder:
         self,
         index: Index,
         labels: Columns,
-        channels: Channels,
         report: Report,
         heard: Callable[[int, float], None] | None,
     ) -> None:
-        self.model, self.level, self.dim = index.model.eval(), index.about["level"], index.about["dim"]
-        self.labels, self.channels, self.report, self.heard = labels, channels, report, heard
+        self.index, self.model, self.dim = index, index.model.eval(), index.about["dim"]
+        self.labels, self.report, self.heard = labels, report, heard
+        self.unfinished = index.unfinished()
         self.waiting: list[tuple[_Recording, int, torch.Tensor]] = []  # whose, which of its moments, (S,) samples
         self.done: list[_Recording] = []  # heard to the end; those of their moments that are not embedded yet wait
         self.waiting_s, self.since, self.heard_s, self.files = 0.0, time.monotonic(), 0.0, 0
 
     def __call__(self, files: Iterable[File]) -> Iterator[Embedded]:
         for file in files:
-            for _ in self._hear(_Recording(file)):
+            one = _Recording(file, self._known(file))
+            for _ in self._hear(one):
                 yield from self._release()
+                if time.monotonic() - one.written >= PART_S and len(one.places) > len(one.known):
+                    yield one.embedded(self.dim, self.labels, UNFINISHED)
+                    one.written = time.monotonic()
             self.files += 1
             self._tell(0.0)
             if self._is_time():
                 yield from self._release()
         yield from self._release()
 
+    def _known(self, file: File) -> dict[Place, NDArray[np.float16]]:
+        """What is there of a file that was interrupted, if it is still the same."""
+        sha256, version = self.unfinished.get(file.key, ("", 0))
+        if sha256 != file.sha256:
+            return {}
+        there = self.index.of_version(version, ["start_s", "end_s", "channel", "vector"])
+        places = zip(*(there[name].to_pylist() for name in ("start_s", "end_s", "channel")), strict=True)
+        return dict(zip(places, matrix(there["vector"], self.dim), strict=True))
+
     def _hear(self, one: _Recording) -> Iterator[None]:
         """Takes up the moments of a recording; stops where those that wait are to be embedded."""
         end_s = 0.0
         try:
-            for moment in moments(one.file.path, self.channels):
+            for moment in moments(one.file.path, self.index.about["channels"]):
                 self._take(one, moment)
                 end_s = max(end_s, moment.end_s)
                 self._tell(end_s)
@@ -242,14 +260,16 @@ class _Embedder:
         self.done.append(one)
 
     def _take(self, one: _Recording, moment: Moment) -> None:
-        try:
-            waveform = prepared(torch.from_numpy(moment.waveform), self.level)
-        except BadAudio:  # quieter than what counts as silence
-            return
-        self.waiting.append((one, len(one.places), waveform))
-        one.places.append((moment.start_s, moment.end_s, moment.channel))
-        one.vectors.append(None)
-        self.waiting_s += len(waveform) / SAMPLE_RATE
+        place = (moment.start_s, moment.end_s, moment.channel)
+        if place not in one.known:
+            try:
+                waveform = prepared(torch.from_numpy(moment.waveform), self.index.about["level"])
+            except BadAudio:  # quieter than what counts as silence
+                return
+            self.waiting.append((one, len(one.places), waveform))
+            self.waiting_s += len(waveform) / SAMPLE_RATE
+        one.places.append(place)
+        one.vectors.append(one.known.get(place))
 
     def _is_time(self) -> bool:
         return self.waiting_s >= POOL_S or time.monotonic() - self.since >= WAIT_S
@@ -277,7 +297,7 @@ class _Embedder:
             self.report.embedded += 1
             self.report.moments += len(one.places)
             self.report.speech_s += sum(end - start for start, end, _ in one.places)
-            yield one.embedded(self.dim, self.labels)
+            yield one.embedded(self.dim, self.labels, one.problem)
 
 
 def by_length(waiting: list[tuple[_Recording, int, torch.Tensor]]) -> Iterator[list]:
@@ -290,75 +310,3 @@ def by_length(waiting: list[tuple[_Recording, int, torch.Tensor]]) -> Iterator[l
         batch.append(one)
     if batch:
         yield batch
-
-
-# Out of the index -------------------------------------------------------------------------------------------
-
-
-def export(hits: pd.DataFrame, folder: str | Path) -> pd.DataFrame:
-    """Cuts hits to WAV files (16 bit, at the recording's rate and with its channels, or the one of the hit).
-
-    Args:
-        hits: rows of `Index.search`: file, and perhaps start_s, end_s, channel; other columns are kept.
-        folder: a new or empty one. `hits.csv` in it names the files, in the order of the hits.
-
-    Returns:
-        What hits.csv holds: `audio`, the file's name, empty where there is none; `problem`, why; the hits' columns.
-
-    Raises:
-        FileExistsError: there is something in the folder.
-        OSError: it cannot be written, as when the disk is full.
-    """
-    folder = Path(folder).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty: name a new folder for what is cut out")
-    hits = hits.drop(columns=["audio", "problem"], errors="ignore").reset_index(drop=True)
-    about: dict[int, tuple[str, str]] = {}
-    for key, rows in hits.groupby("file", sort=False):
-        for start in range(0, len(rows), _AT_ONCE):
-            about.update(_cut(str(key), rows.iloc[start : start + _AT_ONCE], folder))
-    columns = pd.DataFrame([about[row] for row in hits.index], columns=["audio", "problem"], index=hits.index)
-    table = pd.concat([columns, hits], axis=1)
-    with runs.atomic_path(folder / "hits.csv") as temporary:
-        table.to_csv(temporary, index=False)
-    return table
-
-
-def _cut(key: str, rows: pd.DataFrame, folder: Path) -> Iterator[tuple[int, tuple[str, str]]]:
-    """Writes the hits of one file; of each its row, and the name of what was written or the problem."""
-    spans = [(_number(row, "start_s") or 0.0, _number(row, "end_s")) for _, row in rows.iterrows()]
-    try:
-        path = absolute_path(key)
-        pieces, rate = read_spans(path, spans)
-    except ValueError as error:  # AudioError is one
-        yield from ((row, ("", str(error))) for row in rows.index)
-        return
-    for (number, row), span, samples in zip(rows.iterrows(), spans, pieces, strict=True):
-        if (channel := _number(row, "channel")) is not None:
-            samples = samples[:, int(channel) : int(channel) + 1]
-        if not samples.size:
-            yield number, ("", "the recording no longer has this part")
-            continue
-        name = _name(number + 1, path, *span)
-        _write_wav(folder / name, samples, rate)
-        yield number, (name, "")
-
-
-def _number(row: pd.Series, column: str) -> float | None:
-    value = row.get(column)
-    return None if value is None or pd.isna(value) else float(value)
-
-
-def _name(number: int, path: Path, start_s: float, end_s: float | None) -> str:
-    """Of a hit's file: letters, digits, _ and - of the recording's own name, and when it is."""
-    stem = re.sub(r"[^\w-]+", "_", path.stem.encode("utf-8", "replace").decode())[:40]
-    return f"{number:03d}_{stem}_{start_s:.2f}" + (".wav" if end_s is None else f"-{end_s:.2f}.wav")
-
-
-def _write_wav(path: Path, samples: NDArray[np.float32], rate: int) -> None:
-    """By way of memory: libsndfile does not say that a disk is full."""
-    wav = io.BytesIO()
-    soundfile.write(wav, samples, rate, format="WAV", subtype="PCM_16")
-    with runs.atomic_path(path) as temporary:
-        temporary.write_bytes(wav.getvalue())

@@ -16,7 +16,8 @@ LAYERS = {
     "leaves": (
         "config", "runs", "weights", "styles", "wording", "prompts", "grammar", "metrics", "intervals", "losses",
         "audio_files", "manifest_schema", "text_tables", "modality", "tables", "paper", "processes", "matching",
-        "codebook", "audio_folder", "decoding", "nearest", "index_rows", "index_table", "index_snapshot",
+        "codebook", "audio_folder", "decoding", "nearest", "index_rows", "index_table",
+        "index_writing", "index_snapshot", "clips", "cli_options",
     ),
     "data": (
         "manifests", "corpora", "provenance", "batches", "acoustics", "attributes", "captions", "trials", "scoring",
@@ -27,7 +28,7 @@ LAYERS = {
         "objective", "checkpoints", "fitting", "training", "evaluation", "comparison", "ablations", "spaces", "index",
         "generation", "mining", "plots", "fusion_objective", "fusion_training", "fusion_systems", "protocols",
         "fusion_evaluation", "fusion_tables", "fusion_limits", "leakage",
-        "fusion_folds", "recordings", "recording_labels",
+        "fusion_folds", "recordings", "recording_labels", "query_vectors",
     ),
     "command": ("cli",),
 }  # fmt: skip
@@ -92,7 +93,10 @@ def test_the_reader_of_the_source_sees_imports():
 
 
 def test_the_command_answers_before_a_library_is_imported():
-    assert not {"torch", "pandas", "numpy", "esr_utils"} & {n.split(".")[0] for n in imported(TREES["cli"].body)}
+    for name in ("cli", "cli_options"):
+        found = imported(TREES[name].body)
+        assert not {"torch", "pandas", "numpy"} & {n.split(".")[0] for n in found}
+        assert all(n.startswith("esr_utils.cli_options.") for n in found if n.startswith("esr_utils"))
 
 
 def test_training_and_evaluation_never_import_each_other():
@@ -115,7 +119,7 @@ def test_there_is_no_circle():
         ({"transformers", "tokenizers", "funasr"}, {"speech", "text", "chat", "weights", "mining"}),
         ({"matplotlib", "seaborn"}, {"plots"}),
         ({"accelerate"}, {"fitting", "objective"}),
-        ({"lancedb", "pyarrow"}, {"index", "index_rows", "index_table", "index_snapshot"}),
+        ({"lancedb", "pyarrow"}, {"index", "index_rows", "index_table", "index_writing", "index_snapshot"}),
     ],
 )
 def test_few_modules_know_a_library(libraries, allowed):
@@ -131,7 +135,7 @@ def test_speech_alone_needs_no_models_library():
 
 def test_lancedb_is_imported_when_an_index_is_opened():
     """It takes over a second, and `index` is imported by notebooks that may not search."""
-    for name in ("index", "index_rows", "index_table", "index_snapshot"):
+    for name in ("index", "index_rows", "index_table", "index_writing", "index_snapshot"):
         outside = [node for node in TREES[name].body if not (isinstance(node, ast.If))]  # `if TYPE_CHECKING`
         assert "lancedb" not in {i.split(".")[0] for i in imported(outside)}
 

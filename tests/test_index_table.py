@@ -14,10 +14,10 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from esr_utils import index_table, runs
+from esr_utils import index_table, index_writing, runs
 from esr_utils.audio_folder import file_key, find_audio, path_of
 from esr_utils.index_rows import Changes, Embedded, File, IndexUnusable, IndexWriteError, moment_id
-from esr_utils.index_table import IndexTable
+from esr_utils.index_writing import IndexWriter
 
 DIM = 8
 
@@ -40,13 +40,13 @@ def of_files(files):
 
 
 @pytest.fixture
-def table(tmp_path) -> IndexTable:
-    return IndexTable.create_named(tmp_path / "index", "model one", DIM)
+def table(tmp_path) -> IndexWriter:
+    return IndexWriter.create_named(tmp_path / "index", "model one", DIM)
 
 
-def moments(table: IndexTable) -> dict[str, int]:
+def moments(table: IndexWriter) -> dict[str, int]:
     """What a new reader finds: moments by file; and nothing dead may be left."""
-    found = IndexTable.open_named(table.uri)
+    found = IndexWriter.open_named(table.uri)
     entries, dead, stale = found.entries()
     assert not dead and not stale
     rows = found.table.to_pandas().query("written == 0")
@@ -62,7 +62,7 @@ def test_a_folder_without_an_index_is_refused_and_left_as_it_is(tmp_path):
     (tmp_path / "empty").mkdir()
     for folder in ("empty", "nothing"):
         with pytest.raises(IndexUnusable, match=f"{folder} holds no index: make one"):
-            IndexTable.open_named(tmp_path / folder)
+            IndexWriter.open_named(tmp_path / folder)
     assert not (tmp_path / "nothing").exists()
 
 
@@ -73,28 +73,28 @@ def test_an_index_that_is_there_is_not_overwritten_unless_asked(table):
         ({"pooled": 4}, "pooled 0, not 4"),
     ):
         with pytest.raises(IndexUnusable, match=f"was made with {message}"):
-            IndexTable.create_named(table.uri, **{"model": "model one", "dim": DIM} | other)
-    assert moments(IndexTable.create_named(table.uri, "model one", DIM)) == {"a.wav": 3}
-    IndexTable.create_named(table.uri, "model two", DIM, replace=True)
+            IndexWriter.create_named(table.uri, **{"model": "model one", "dim": DIM} | other)
+    assert moments(IndexWriter.create_named(table.uri, "model one", DIM)) == {"a.wav": 3}
+    IndexWriter.create_named(table.uri, "model two", DIM, replace=True)
     assert moments(table) == {}
     with pytest.raises(IndexUnusable, match="replaced by an index of model 'model two' while one of 'model one'"):
         table.add([made("a.wav", 3)])
 
 
 def test_an_index_of_another_model_or_dimension_is_refused_with_both_names(table):
-    assert IndexTable.open_named(table.uri, model="model one", dim=DIM).about == table.about
+    assert IndexWriter.open_named(table.uri, model="model one", dim=DIM).about == table.about
     with pytest.raises(IndexUnusable, match="made with model 'model one', not 'model two'"):
-        IndexTable.open_named(table.uri, model="model two", dim=DIM)
+        IndexWriter.open_named(table.uri, model="model two", dim=DIM)
     with pytest.raises(IndexUnusable, match="made with dim 8, not 16"):
-        IndexTable.open_named(table.uri, model="model one", dim=16)
+        IndexWriter.open_named(table.uri, model="model one", dim=16)
 
 
 def test_an_index_of_another_format_is_refused_with_both(tmp_path, monkeypatch):
     monkeypatch.setattr(index_table, "FORMAT", 7)
-    IndexTable.create_named(tmp_path / "index", "model one", DIM)
+    IndexWriter.create_named(tmp_path / "index", "model one", DIM)
     monkeypatch.undo()
-    with pytest.raises(IndexUnusable, match="is an index of format 7; this program reads format 1"):
-        IndexTable.open_named(tmp_path / "index")
+    with pytest.raises(IndexUnusable, match="is an index of format 7; this program reads format 2"):
+        IndexWriter.open_named(tmp_path / "index")
 
 
 def test_a_table_of_somebody_else_is_refused(tmp_path):
@@ -102,7 +102,7 @@ def test_a_table_of_somebody_else_is_refused(tmp_path):
 
     lancedb.connect(tmp_path).create_table("moments", schema=pa.schema([("x", pa.int64())]))
     with pytest.raises(IndexUnusable, match="is no index of this program"):
-        IndexTable.open_named(tmp_path)
+        IndexWriter.open_named(tmp_path)
 
 
 def test_a_damaged_table_is_refused(table):
@@ -110,13 +110,13 @@ def test_a_damaged_table_is_refused(table):
     for manifest in Path(table.uri).rglob("*.manifest"):
         manifest.write_bytes(b"no manifest at all")
     with pytest.raises(IndexUnusable, match="cannot be read as an index"):
-        IndexTable.open_named(table.uri)
+        IndexWriter.open_named(table.uri)
 
 
 def test_a_place_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(IndexWriteError, match="cannot be written here"):
-        IndexTable.create_named(tmp_path / "file" / "index", "model one", DIM)
+        IndexWriter.create_named(tmp_path / "file" / "index", "model one", DIM)
 
 
 # Writing ----------------------------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ def test_what_is_added_is_there_with_all_columns(table):
         'a\'b\n"c".wav', 3, speaker=["x", None, "y"], loud=[1.5, np.nan, 2], turn=[1, 2, 3], last=[True, False, True]
     )
     assert table.add([given, made("silent.wav", 0, problem="holds no speech")]) == 2
-    rows = IndexTable.open_named(table.uri).table.to_pandas().query("written == 0").sort_values("start_s")
+    rows = IndexWriter.open_named(table.uri).table.to_pandas().query("written == 0").sort_values("start_s")
     assert set(rows["file"]) == {'a\'b\n"c".wav'} and set(rows["model"]) == {"model one"}
     assert rows["speaker"].fillna("none").tolist() == ["x", "none", "y"]
     assert rows["loud"].fillna(-1).tolist() == [1.5, -1, 2] and rows["turn"].tolist() == [1, 2, 3]
@@ -140,7 +140,7 @@ def test_what_is_added_is_there_with_all_columns(table):
 
 
 def test_pooled_features_are_kept_beside_the_vectors(tmp_path):
-    table = IndexTable.create_named(tmp_path / "index", "model one", DIM, pooled=24)
+    table = IndexWriter.create_named(tmp_path / "index", "model one", DIM, pooled=24)
     one, features = made("a.wav", 3), unit(3, 1, 24) * 7
     table.add([Embedded(one.file, one.moments, one.vectors, features), made("b.wav", 0)])
     rows = table.table.to_pandas().query("written == 0")
@@ -177,7 +177,7 @@ def test_what_was_embedded_before_an_interruption_is_kept(table):
 
 
 def test_commits_are_made_on_the_way(table, monkeypatch):
-    monkeypatch.setattr(index_table, "_COMMIT_ROWS", 4)
+    monkeypatch.setattr(index_writing, "_COMMIT_ROWS", 4)
     seen = []
 
     def watched():
@@ -190,8 +190,8 @@ def test_commits_are_made_on_the_way(table, monkeypatch):
 
 
 def test_many_small_commits_are_joined(table, monkeypatch):
-    monkeypatch.setattr(index_table, "_COMMIT_ROWS", 1)
-    monkeypatch.setattr(index_table, "_SMALL_FRAGMENTS", 5)
+    monkeypatch.setattr(index_writing, "_COMMIT_ROWS", 1)
+    monkeypatch.setattr(index_writing, "_SMALL_FRAGMENTS", 5)
     table.add(made(f"{i}.wav", 2) for i in range(8))
     assert len(moments(table)) == 8 and table.table.stats()["fragment_stats"]["num_fragments"] == 1
 
@@ -332,9 +332,9 @@ def test_what_cannot_be_read_is_said_and_what_is_known_of_it_stays(table, folder
 
 
 def write_many(uri: str, name: str, start) -> None:
-    index_table._COMMIT_ROWS = 4
+    index_writing._COMMIT_ROWS = 4
     start.wait()
-    table = IndexTable.create_named(uri, "model one", DIM)
+    table = IndexWriter.create_named(uri, "model one", DIM)
     table.add(made(f"{name}-{i}", 3, colour=name) for i in range(12))
     table.add(made(f"shared-{i}", 3, seed=i, **{f"of_{name}": i}) for i in range(6))
     table.delete_files([f"{name}-0"])
@@ -342,7 +342,7 @@ def write_many(uri: str, name: str, start) -> None:
 
 def test_two_processes_that_make_one_index_and_write_at_once_lose_and_double_nothing(tmp_path):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["esr_utils.index_table", "lance_namespace", "pyarrow.dataset"])
+    context.set_forkserver_preload(["esr_utils.index_writing", "lance_namespace", "pyarrow.dataset"])
     expected = [f"{name}-{i}" for name in ("one", "two") for i in range(1, 12)] + [f"shared-{i}" for i in range(6)]
     for i in range(2):
         uri, start = str(tmp_path / f"{i}"), context.Barrier(2)
@@ -352,7 +352,7 @@ def test_two_processes_that_make_one_index_and_write_at_once_lose_and_double_not
         for writer in writers:
             writer.join(60)
             assert writer.exitcode == 0
-        assert moments(IndexTable.open_named(uri)) == dict.fromkeys(expected, 3)
+        assert moments(IndexWriter.open_named(uri)) == dict.fromkeys(expected, 3)
 
 
 FULL = """
@@ -360,8 +360,8 @@ import resource, signal, sys
 from pathlib import Path
 import numpy as np, pandas as pd
 from esr_utils.index_rows import Embedded, File, IndexWriteError
-from esr_utils.index_table import IndexTable
-table = IndexTable.open_named(sys.argv[1])
+from esr_utils.index_writing import IndexWriter
+table = IndexWriter.open_named(sys.argv[1])
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 moments = pd.DataFrame({"start_s": np.arange(20_000.0), "end_s": np.arange(20_000.0) + 1})
@@ -387,15 +387,26 @@ def test_a_write_that_fails_says_so_and_leaves_the_index_as_it_was(table):
     assert moments(table) == {"a.wav": 3, "b.wav": 2}
 
 
+def test_channels_are_those_of_the_index_unless_others_are_asked_for(table, tmp_path):
+    assert table.about["channels"] == "mix"
+    split = IndexWriter.create_named(tmp_path / "split", "model one", DIM, channels="split")
+    for asked in (None, "split"):
+        found = IndexWriter.create_named(split.uri, "model one", DIM, channels=asked)
+        assert found.about["channels"] == "split"
+    with pytest.raises(IndexUnusable, match="channels 'split', not 'mix'"):
+        IndexWriter.create_named(split.uri, "model one", DIM, channels="mix")
+
+
 def test_the_index_says_what_it_was_made_with(table):
-    assert table.about == {"format": 1, "model": "model one", "dim": DIM, "pooled": 0, "level": "normalised", "run": ""}
+    about = {"format": 2, "model": "model one", "dim": DIM, "pooled": 0, "level": "normalised", "channels": "mix", "run": ""}
+    assert table.about == about
     assert json.loads(table.table.schema.metadata[b"esr"]) == table.about
 
 
 def test_what_is_written_later_counts_also_by_a_clock_that_is_behind(table, monkeypatch):
     table.add([made("a.wav", 3)])
-    monkeypatch.setattr(index_table.time, "time_ns", lambda: 1000)
-    IndexTable.open_named(table.uri).add([made("a.wav", 5)])
+    monkeypatch.setattr(index_writing.time, "time_ns", lambda: 1000)
+    IndexWriter.open_named(table.uri).add([made("a.wav", 5)])
     table.append([made("b.wav", 1)])
     table.append([made("b.wav", 2)])
     table.add([])

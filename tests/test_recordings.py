@@ -14,12 +14,12 @@ import soundfile
 import torch
 from test_decoding import convert
 
-from esr_utils import decoding, recordings
+from esr_utils import clips, decoding, recordings
 from esr_utils.audio_files import AudioError
 from esr_utils.audio_folder import NoAudio, absolute_key, absolute_path
 from esr_utils.batches import prepared
 from esr_utils.index import Index
-from esr_utils.index_rows import IndexWriteError
+from esr_utils.index_rows import UNFINISHED, IndexWriteError
 from esr_utils.moments import moments
 from esr_utils.weights import WeightsError
 
@@ -81,9 +81,10 @@ def check(found: pd.DataFrame, expected: pd.DataFrame) -> None:
 
 @pytest.mark.parametrize("channels", ["mix", "split"])
 @pytest.mark.parametrize("pool_s", [recordings.POOL_S, 5.0])
-def test_moments_are_embedded_as_one_by_one(folder, index, channels, pool_s, monkeypatch):
+def test_moments_are_embedded_as_one_by_one(folder, tiny_model, tmp_path, channels, pool_s, monkeypatch):
     monkeypatch.setattr(recordings, "POOL_S", pool_s)
-    report = recordings.refresh(index, recordings.find(folder), channels)
+    index = Index.create(tmp_path / "index", tiny_model, channels=channels)
+    report = recordings.refresh(index, recordings.find(folder))
     expected = one_by_one(index, folder, channels)
     check(rows(index), expected)
     assert (report.embedded, report.moments, report.problems, report.left_out) == (2, len(expected), {}, {})
@@ -118,7 +119,7 @@ def test_what_waits_is_bounded_and_files_are_given_when_they_are_done(folder, in
         embed(self)
 
     monkeypatch.setattr(recordings._Embedder, "_embed", watched)
-    monkeypatch.setattr("esr_utils.index_table._COMMIT_ROWS", 1)
+    monkeypatch.setattr("esr_utils.index_writing._COMMIT_ROWS", 1)
     seen = lambda done, total, seconds: committed.append((done, len(index.files())))  # noqa: E731
     recordings.refresh(index, recordings.find(folder), progress=seen)
     assert max(waited) <= 5.0 + 10.0 and len(waited) > 2
@@ -184,6 +185,26 @@ def test_places_without_audio_are_refused_and_nothing_is_lost(folder, index, tmp
     assert len(index.files()) == 2
 
 
+def test_a_folder_that_was_emptied_or_removed_is_dropped_when_that_is_said(folder, index):
+    recordings.refresh(index, recordings.find(folder))
+    (folder / "deep" / "call.wav").unlink()
+    report = recordings.refresh(index, recordings.find([folder / "deep"], gone=True))
+    assert report.removed == 1 and list(index.files().index) == [str(folder / "one.flac")]
+    shutil.rmtree(folder)
+    assert recordings.refresh(index, recordings.find([folder], gone=True)).removed == 1
+    assert index.files().empty and rows(index).empty
+
+
+def test_links_to_nowhere_are_not_taken_for_gone(folder, index):
+    """What stands in an emptied folder and cannot be seen just now stays in the index."""
+    recordings.refresh(index, recordings.find(folder))
+    for path in (folder / "one.flac", folder / "deep" / "call.wav"):
+        path.unlink()
+    (folder / "one.flac").symlink_to(folder.parent / "not mounted" / "one.flac")
+    report = recordings.refresh(index, recordings.find(folder, gone=True))
+    assert report.removed == 1 and list(index.files().index) == [str(folder / "one.flac")]
+
+
 NAMES = [b'it\'s "so".wav', b"two\nlines.wav", b"caf\xe9.wav", "日本 é.wav".encode(), b"100%.wav", b"%41.wav"]
 
 
@@ -195,7 +216,7 @@ def test_names_of_any_bytes(tmp_path, index, speech):
             soundfile.write(file, speech[i * RATE : (i + 6) * RATE], RATE, format="WAV")
     assert recordings.refresh(index, recordings.find(folder)).embedded == len(NAMES)
     assert recordings.refresh(index, recordings.find(folder)).unchanged == len(NAMES)
-    table = recordings.export(index.search("angry", k=100, one_per="file"), tmp_path / "clips")
+    table = clips.export(index.search("angry", k=100, one_per="file"), tmp_path / "clips")
     assert len(table) == len(NAMES) and (table["problem"] == "").all()
     assert {os.fsencode(absolute_path(key).name) for key in table["file"]} == set(NAMES)
     written = pd.read_csv(tmp_path / "clips" / "hits.csv", keep_default_na=False)
@@ -297,6 +318,70 @@ def test_interrupted_it_keeps_what_was_done_and_goes_on(folder, index, monkeypat
     check(rows(index), expected)
 
 
+@pytest.mark.parametrize("channels", ["mix", "split"])
+def test_of_a_long_file_that_was_interrupted_nothing_is_embedded_again(
+    tmp_path, tiny_model, speech, monkeypatch, channels
+):
+    """Twice interrupted, and once again before it has come as far as it was; then it is as if nothing had happened."""
+    (tmp_path / "long").mkdir()
+    call = np.stack([speech, np.roll(speech, len(speech) // 2)], axis=1)
+    soundfile.write(tmp_path / "long" / "long.wav", np.concatenate([call, call[::-1]]), RATE)
+    whole = Index.create(tmp_path / "whole", tiny_model, channels=channels)
+    index = Index.create(tmp_path / "index", tiny_model, channels=channels)
+    recordings.refresh(whole, recordings.find(tmp_path / "long"))
+    expected = rows(whole)
+    monkeypatch.setattr(recordings, "POOL_S", 5.0)
+    monkeypatch.setattr(recordings, "PART_S", 0.0)
+    monkeypatch.setattr("esr_utils.index_writing._COMMIT_ROWS", 1)
+    embedded, there = 0, [0]
+    embed = recordings._Embedder._embed
+
+    def counted(self):
+        nonlocal embedded
+        embedded += len(self.waiting)
+        embed(self)
+
+    monkeypatch.setattr(recordings._Embedder, "_embed", counted)
+    for stop_s in (25, 20, 45):
+
+        def stop(done, total, seconds, stop_s=stop_s):
+            if seconds > stop_s:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            recordings.refresh(index, recordings.find(tmp_path / "long"), stop)
+        there.append(len(rows(index)))
+        assert there[-1] == embedded  # all that was embedded is there, and can be found
+        assert index.files()["problem"].tolist() == [UNFINISHED]
+        assert len(index.search("angry", k=1000)) == there[-1]
+    assert 0 < there[1] == there[2] < there[3] < len(expected)
+    report = recordings.refresh(index, recordings.find(tmp_path / "long"))
+    assert embedded == len(expected) and (report.embedded, report.problems) == (1, {})
+    check(rows(index), expected)
+    index.reload()
+    assert index.table.to_pandas().query("written == 0")["id"].tolist() != [] and index.files()["problem"].eq("").all()
+    recordings.refresh(index, recordings.find(tmp_path / "long"))
+    assert embedded == len(expected)
+
+
+def test_a_long_file_that_changes_after_an_interruption_is_embedded_anew(tmp_path, index, speech, monkeypatch):
+    (tmp_path / "long").mkdir()
+    soundfile.write(tmp_path / "long" / "long.wav", speech, RATE)
+    monkeypatch.setattr(recordings, "POOL_S", 5.0)
+    monkeypatch.setattr(recordings, "PART_S", 0.0)
+
+    def stop(done, total, seconds):
+        if seconds > 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recordings.refresh(index, recordings.find(tmp_path / "long"), stop)
+    assert index.files()["problem"].tolist() == [UNFINISHED]
+    soundfile.write(tmp_path / "long" / "long.wav", speech * np.float32(0.5), RATE, subtype="FLOAT")
+    recordings.refresh(index, recordings.find(tmp_path / "long"))
+    check(rows(index), one_by_one(index, tmp_path / "long"))
+
+
 def test_a_full_disk_leaves_the_index_as_it_was(folder, index, monkeypatch, speech):
     recordings.refresh(index, recordings.find(folder))
     before = rows(index)
@@ -338,7 +423,7 @@ def hits(*spans: tuple[Path, float | None, float | None, int | None]) -> pd.Data
 def test_hits_are_cut_out_as_recorded(folder, tmp_path):
     call, one = folder / "deep" / "call.wav", folder / "one.flac"
     found = hits((call, 1.0, 3.5, 1), (one, 0.25, 1.5, None), (call, 2.0, 4.0, None), (call, None, None, 0))
-    table = recordings.export(found, tmp_path / "clips")
+    table = clips.export(found, tmp_path / "clips")
     assert table["audio"].tolist() == [
         "001_call_1.00-3.50.wav", "002_one_0.25-1.50.wav", "003_call_2.00-4.00.wav", "004_call_0.00.wav",
     ]  # fmt: skip
@@ -374,7 +459,7 @@ def test_hits_that_can_no_longer_be_cut_are_named(folder, tmp_path):
     one = folder / "one.flac"
     gone = hits((one, 100.0, 101.0, None), (folder / "gone.wav", 0, 1, None), (one, 1, 2, 3), (one, 1, 2, 0))
     gone.loc[len(gone)] = ["../../etc/passwd", 0, 1, None, 0.5]
-    table = recordings.export(gone, tmp_path / "clips")
+    table = clips.export(gone, tmp_path / "clips")
     assert [bool(name) for name in table["audio"]] == [False, False, False, True, False]
     for problem, said in zip(
         table["problem"], ["no longer has", "is not there", "no longer has", "", "name of no file"], strict=True
@@ -384,4 +469,4 @@ def test_hits_that_can_no_longer_be_cut_are_named(folder, tmp_path):
 
 def test_a_folder_that_holds_something_is_left_alone(folder):
     with pytest.raises(FileExistsError, match="is not empty"):
-        recordings.export(hits((folder / "one.flac", 0, 1, None)), folder)
+        clips.export(hits((folder / "one.flac", 0, 1, None)), folder)

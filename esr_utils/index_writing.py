@@ -1,0 +1,219 @@
+"""Writing to the table of a search index, and bringing it up to date with a folder."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import pandas as pd
+import pyarrow as pa
+
+from esr_utils.index_rows import (
+    RESERVED,
+    UNFINISHED,
+    Changes,
+    Embedded,
+    File,
+    IndexUnusable,
+    IndexWriteError,
+    column_type,
+    entry,
+    first_line,
+    to_table,
+)
+from esr_utils.index_table import IndexTable
+
+_TRIES = 12  # at a commit that met another one's
+_COMMIT_ROWS, _COMMIT_S = 2048, 20.0  # what waits for a commit, at most, and so is lost by a kill
+_SMALL_FRAGMENTS = 32  # files of the table worth joining into one
+
+Result = TypeVar("Result")
+
+
+class IndexWriter(IndexTable):
+    """An open table that is written to; how it stays whole whatever happens is told in `index_table`."""
+
+    def add(self, embedded: Iterable[Embedded]) -> int:
+        """Writes files as they come, and returns how many. What is there already of a file is replaced.
+
+        They are committed together, some thousand moments or 20 s at a time, and when the iterator ends or fails: what
+        was embedded until then is kept.
+
+        Raises:
+            IndexUnusable: a file does not fit the index (dimension, type of a column).
+            IndexWriteError: the disk is full or the like; what was committed stays.
+        """
+        waiting: list[Embedded] = []
+        n, rows, last = 0, 0, time.monotonic()
+
+        def commit() -> None:
+            nonlocal waiting, rows, last
+            files, waiting, rows = waiting, [], 0  # what cannot be written is not tried again
+            if files:
+                self.append(files)
+            last = time.monotonic()
+
+        try:
+            for one in embedded:
+                waiting.append(one)
+                n, rows = n + (one.problem != UNFINISHED), rows + len(one.moments)
+                if rows >= _COMMIT_ROWS or time.monotonic() - last > _COMMIT_S:
+                    commit()
+        finally:
+            commit()
+        self.sweep()
+        return n
+
+    def changes(self, within: str | Sequence[str], found: Iterable[tuple[str, str | Path]]) -> Changes:
+        """Compares the files of a folder with the index: by size and time, and where these differ by content.
+
+        Args:
+            within: the key of the folder, or of one file, or several. What the index has of other places is left as it
+                is.
+            found: key and path of every file that is there now, each key below `within`, with "/" between its parts.
+                `audio_folder.absolute_key` makes keys that also say where each file is.
+
+        Raises:
+            ValueError: a key is not below `within`.
+        """
+        places = [within] if isinstance(within, str) else list(within)
+        files, seen, changes = self.files()[["size", "mtime_ns", "sha256", "problem"]], set(), Changes()
+        known = zip(files.index, files.itertuples(index=False), strict=True)
+        before = {key: file for key, file in known if _is_below(key, places)}
+        for key, path in found:
+            if not _is_below(key, places):
+                raise ValueError(f"{key!r} is not below {', '.join(map(repr, places))}, which is refreshed")
+            seen.add(key)
+            try:
+                status = os.stat(path)
+                if key not in before or before[key].problem == UNFINISHED:
+                    changes.new.append((key, Path(path)))
+                elif (status.st_size, status.st_mtime_ns) == before[key][:2]:
+                    changes.unchanged += 1
+                else:
+                    file = File.read(key, path)
+                    (changes.touched if file.sha256 == before[key].sha256 else changes.changed).append(file)
+            except OSError as error:
+                changes.unreadable.append((key, error.strerror or str(error)))
+        changes.gone.extend(key for key in before if key not in seen)
+        return changes
+
+    def refresh(
+        self,
+        within: str | Sequence[str],
+        found: Iterable[tuple[str, str | Path]],
+        embedder: Callable[[Iterator[File]], Iterable[Embedded]],
+    ) -> Changes:
+        """Embeds what is new or changed in a folder, and drops what is gone from it. Interrupted, run it again.
+
+        Args:
+            within, found: as `changes`.
+            embedder: from files, which are read as it asks for them, to what was made of each, in any order; one that
+                could not be used comes with a `problem` and no moments, and is not tried again before it changes.
+        """
+        changes = self.changes(within, found)
+        self.apply(changes, embedder)
+        return changes
+
+    def apply(self, changes: Changes, embedder: Callable[[Iterator[File]], Iterable[Embedded]]) -> None:
+        """Brings the index up to date by what `changes` has found; see `refresh`."""
+        self.delete_files(changes.gone)
+        self.touch(changes.touched)
+        self.add(embedder(changes.to_embed()))
+
+    def append(self, files: Sequence[Embedded]) -> None:
+        """Writes files, each with its moments, in one commit. What was there of these files is dead then.
+
+        Raises:
+            IndexUnusable: they do not fit the index.
+            IndexWriteError: they could not be written; none of them was.
+        """
+        self._add_columns([embedded.moments for embedded in files])
+        now, columns = self._now(), self.table.schema
+        parts = [to_table(one, columns, self.about, now + i) for i, one in enumerate(files)]
+        self._latest = now + len(files)
+        self._commit(lambda: self.table.add(pa.concat_tables(parts)))
+
+    def touch(self, files: Sequence[File]) -> None:
+        """Notes a new size and time of files whose content is what it was; their moments stay."""
+        known, _, _ = self.entries() if files else (pd.DataFrame(), [], [])
+        rows = [entry(one, known.loc[one.key].to_dict(), self._now()) for one in files if one.key in known.index]
+        if rows:
+            self._commit(lambda: self.table.add(pa.Table.from_pylist(rows, schema=self.table.schema)))
+
+    def delete_files(self, keys: Iterable[str]) -> int:
+        """Deletes files with all that is there of them, and returns how many there were."""
+        if not (keys := list(dict.fromkeys(keys))):
+            return 0
+        self.reload()
+        entries, _, _ = self.entries()
+        there = [key for key in keys if key in entries.index]
+        self._delete("version", [int(version) for version in entries.loc[there, "version"]])
+        return len(there)
+
+    def sweep(self) -> None:
+        """Deletes what is dead, and joins many small files of the table into few."""
+        self.reload()
+        _, dead, stale = self.entries()
+        self._delete("version", dead)
+        self._delete("id", stale)
+        if self.table.stats()["fragment_stats"]["num_small_fragments"] > _SMALL_FRAGMENTS:
+            self._commit(self.table.optimize)
+
+    def _delete(self, column: str, values: list) -> None:
+        from lancedb.expr import col, lit
+
+        for start in range(0, len(values), 1000):
+            some = [lit(value) for value in values[start : start + 1000]]
+            self._commit(lambda some=some: self.table.delete(col(column).isin(some)))
+
+    def _commit(self, call: Callable[[], Result]) -> Result:
+        """Runs a writing; one that met another process's is tried again on what that one left."""
+        for attempt in range(_TRIES):
+            try:
+                return call()
+            except (OSError, RuntimeError, ValueError) as error:
+                if not re.search(r"\b(conflict|concurrent|retry)", str(error), re.IGNORECASE) or attempt == _TRIES - 1:
+                    raise IndexWriteError(
+                        f"{self.uri}: writing failed, and the index is as it was before; make room or give access, and "
+                        f"run it again: {first_line(error)}"
+                    ) from error
+                time.sleep(random.uniform(0, 0.02 * 2 ** min(attempt, 6)))
+                self.reload()
+        raise AssertionError("unreachable")
+
+    def _now(self) -> int:
+        """A time that is later than every writing seen here, also where the clocks of two machines differ."""
+        if not self._latest:
+            self.entries()
+        return max(time.time_ns(), self._latest + 1)
+
+    def _add_columns(self, frames: list[pd.DataFrame]) -> None:
+        """Columns that the table does not have yet, of the type that their values have."""
+        known = set(self.table.schema.names)
+        for frame in frames:
+            for name in frame.columns:
+                if name in known - {*RESERVED} or name == "id":
+                    continue
+                if name in RESERVED or not re.fullmatch(r"[^\W\d]\w*", str(name)):
+                    raise IndexUnusable(
+                        f"column {name!r} cannot be in an index: give it a name of letters, digits and _ that is not "
+                        f"one of {', '.join(RESERVED)}"
+                    )
+                field = pa.field(name, column_type(frame[name]))
+                try:
+                    self._commit(lambda field=field: self.table.add_columns([field]))
+                except IndexWriteError as error:
+                    if "already exists" not in str(error):  # else another process was faster
+                        raise
+                    self.reload()
+                known.add(name)
+
+
+def _is_below(key: str, places: Sequence[str]) -> bool:
+    return any(key == place or key.startswith(f"{place.rstrip('/')}/") for place in places)
