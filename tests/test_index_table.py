@@ -398,7 +398,15 @@ def test_channels_are_those_of_the_index_unless_others_are_asked_for(table, tmp_
 
 
 def test_the_index_says_what_it_was_made_with(table):
-    about = {"format": 2, "model": "model one", "dim": DIM, "pooled": 0, "level": "normalised", "channels": "mix", "run": ""}
+    about = {
+        "format": 2,
+        "model": "model one",
+        "dim": DIM,
+        "pooled": 0,
+        "level": "normalised",
+        "channels": "mix",
+        "run": "",
+    }
     assert table.about == about
     assert json.loads(table.table.schema.metadata[b"esr"]) == table.about
 

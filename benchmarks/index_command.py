@@ -1,0 +1,132 @@
+"""`esr index` at its real sizes, from start to exit: python benchmarks/index_command.py hours [6] | refresh [10000]
+
+    hours     one recording of so many hours, 44.1 kHz stereo FLAC, into a new index: times real time, peak memory
+    refresh   so many unchanged recordings of ten moments each, the walk of their folder included: seconds; also of
+              `recordings.find` and `refresh` alone, in a process that has its model already
+
+The retriever is the default one with heads that are not trained, which costs the same. The recording is real speech
+where $ESR_DATA says where it is (RAVDESS, EmoDB, nEMO), else the demo corpus: ten minutes of clips with pauses of 0.3
+to 3 s and a little noise, over and over. Memory is of all processes that the command starts, together. Needs Linux; six
+hours take 2 GB of disk.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
+
+import numpy as np
+import pandas as pd
+import soundfile
+import soxr
+
+from esr_utils import manifests, recordings, runs
+from esr_utils.audio_folder import absolute_key
+from esr_utils.config import ModelConfig
+from esr_utils.index import Index
+from esr_utils.index_rows import Embedded, File
+from esr_utils.retriever import StyleRetriever
+
+RATE, PART_S, MOMENTS = 44_100, 600, 10
+LIMITS = {"speed": 25.0, "memory": 1.5, "refresh": 5.0}  # times real time, GB, s
+
+
+def part() -> np.ndarray:
+    """(S, 2) of speech with pauses."""
+    rng, parts, n = np.random.default_rng(0), [], 0
+    clips = manifests.load_corpora("ravdess+emodb+nemo" if os.environ.get("ESR_DATA") else "demo")
+    for cut in manifests.to_cuts(clips.sample(frac=1, random_state=0)):
+        clip, rate = soundfile.read(cut.recording.sources[0].source, dtype="float32")
+        parts.append(np.pad(soxr.resample(clip, rate, RATE), (0, int(rng.uniform(0.3, 3) * RATE))))
+        if (n := n + len(parts[-1])) >= PART_S * RATE:
+            break
+    samples = np.concatenate(parts)[:, None] * np.float32([1, 0.6])
+    return (samples + rng.normal(0, 1e-3, samples.shape)).astype(np.float32)
+
+
+def memory(pid: int) -> int:
+    """kB of a process and of all that it has started."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+        children = [
+            int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()
+        ]
+    except OSError:  # it is over
+        return 0
+    found = re.search(r"VmRSS:\s*(\d+) kB", status)
+    return (int(found[1]) if found else 0) + sum(map(memory, children))
+
+
+def esr(*arguments: object) -> tuple[float, float]:
+    """Runs the command; its seconds, and the peak of its memory in GB."""
+    started, peak = time.monotonic(), 0
+    process = subprocess.Popen([sys.executable, "-m", "esr_utils.cli", "index", *map(str, arguments)])
+    while process.poll() is None:
+        peak = max(peak, memory(process.pid))
+        time.sleep(0.05)
+    if process.returncode:
+        sys.exit(f"esr index ended with {process.returncode}")
+    return time.monotonic() - started, peak * 1024 / 1e9
+
+
+def said(met: bool) -> str:
+    return "met" if met else "NOT MET"
+
+
+def hours(folder: Path, n: float) -> bool:
+    samples = part()
+    with soundfile.SoundFile(folder / "long.flac", "w", RATE, 2) as file:
+        while (left := round(n * 3600 * RATE) - file.frames) > 0:
+            file.write(samples[:left])
+    del samples
+    seconds, peak = esr(folder / "long.flac", "--index", folder / "index", "--run", folder / "run")
+    speed = n * 3600 / seconds
+    met = speed >= LIMITS["speed"] and peak <= LIMITS["memory"]
+    print(f"{n:g} h in one file: {seconds:.0f} s, {speed:.0f} x real time, peak {peak:.2f} GB "
+          f"(limits {LIMITS['speed']:g} x and {LIMITS['memory']} GB, {said(met)})", flush=True)  # fmt: skip
+    return met
+
+
+def refresh(folder: Path, n: int) -> bool:
+    model, level, run = recordings.load_retriever(folder / "run")
+    index, dim = Index.create(folder / "index", model, level=level, run=run), model.config.dim
+    rng, start = np.random.default_rng(0), np.arange(MOMENTS) * 4.0
+    rows, made = pd.DataFrame({"start_s": start, "end_s": start + 4}), []
+    for i in range(n):
+        path = folder / "recordings" / f"{i // 100:03d}" / f"{i:05d}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(i.to_bytes(8, "big"))  # nobody listens to it again
+        vectors = rng.standard_normal((MOMENTS, dim))
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        made.append(Embedded(File.read(absolute_key(path), path), rows, vectors))
+    index.add(made)
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        found = recordings.find(folder / "recordings")
+        walked = time.perf_counter() - started
+        report = recordings.refresh(index, found)
+        times.append((time.perf_counter() - started, walked))
+        assert (report.unchanged, report.embedded, report.removed) == (n, 0, 0)
+    (inside, walked), (whole, _) = sorted(times)[1], esr(folder / "recordings", "--index", folder / "index")
+    met = inside <= LIMITS["refresh"]
+    print(f"{n} unchanged files of {MOMENTS} moments: {inside:.2f} s, of which the walk {walked:.2f} s "
+          f"(limit {LIMITS['refresh']:g} s, {said(met)}); esr index, from start to exit: {whole:.1f} s",
+          flush=True)  # fmt: skip
+    return met
+
+
+if __name__ == "__main__":
+    mode, n = [*sys.argv[1:], *("hours", {"refresh": "10000"}.get("".join(sys.argv[1:]), "6"))[len(sys.argv) - 1 :]]
+    with tempfile.TemporaryDirectory() as temporary:
+        StyleRetriever.build(ModelConfig()).save(Path(temporary) / "run" / "best")
+        runs.write_json(Path(temporary) / "run" / "config.json", {"training": {"level": "normalised"}})
+        met = hours(Path(temporary), float(n)) if mode == "hours" else refresh(Path(temporary), int(n))
+    sys.exit(int(not met))
