@@ -9,10 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
 import sys
-import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from esr_utils.cli_options import ERROR, INTERRUPTED, NOTHING, OK, PIPE_CLOSED, USAGE, parser
@@ -87,6 +84,7 @@ def _say(message: str) -> None:
 def _index(options: Namespace) -> int:
     from esr_utils import recordings
     from esr_utils.audio_folder import NoAudio
+    from esr_utils.cli_progress import Bar, quiet_libraries
     from esr_utils.index import Index
 
     try:
@@ -95,7 +93,7 @@ def _index(options: Namespace) -> int:
         raise NoAudio(f"{error}. If its recordings were removed for good, --gone drops them from the index") from None
     model, level, run = _retriever(options)
     index = Index.create(options.index, model, level=level, run=run, channels=options.channels)
-    with _Bar() as bar:
+    with quiet_libraries(), Bar(shown=_watched()) as bar:
         report = recordings.refresh(index, found, bar)
     for key, reason in (report.problems | report.left_out).items():
         _say(f"{_shown(key)}: {reason}")
@@ -116,34 +114,6 @@ def _index(options: Namespace) -> int:
             f"{options.index} holds {about['moments_in_index']} moments of {len(files)} files"
         )
     return OK
-
-
-class _Bar:
-    """Progress on stderr, where that is a terminal; and an end at Ctrl-C, also where a library has swallowed that."""
-
-    def __enter__(self) -> Callable[[int, int, float], None]:
-        from tqdm import tqdm
-
-        self.started, self.interrupted = time.monotonic(), False
-        self.before = signal.signal(signal.SIGINT, self.interrupt)
-        self.bar = tqdm(unit="file", miniters=0, disable=not _watched())
-        return self.show
-
-    def interrupt(self, *_: object) -> None:
-        self.interrupted = True
-        raise KeyboardInterrupt
-
-    def show(self, done: int, total: int, seconds: float) -> None:
-        if self.interrupted:  # silero-vad catches whatever comes while it loads
-            raise KeyboardInterrupt
-        speed = seconds / max(time.monotonic() - self.started, 1e-3)
-        self.bar.total = total
-        self.bar.set_postfix_str(f"{seconds / 3600:.2f} h heard, {speed:.0f} x real time", refresh=False)
-        self.bar.update(done - self.bar.n)
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self.before)
-        self.bar.close()
 
 
 def _search(options: Namespace) -> int:

@@ -438,6 +438,25 @@ def test_a_closed_pipe_ends_it_without_a_word(filled, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_what_libraries_write_by_themselves_is_not_seen():
+    code = """
+import os, sys
+from esr_utils.cli_progress import quiet_libraries
+for _ in range(2):
+    with quiet_libraries():
+        os.write(2, b"of a library")
+        print("of Python", file=sys.stderr)
+    os.write(2, b"after\\n")
+try:
+    with quiet_libraries():
+        raise ValueError("of Python")
+except ValueError as error:
+    print(error, "after", file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr == "of Python\nafter\nof Python\nafter\nof Python after\n"
+
+
 def test_it_is_installed_as_a_command():
     (entry,) = [one for one in metadata.entry_points(group="console_scripts") if one.name == "esr"] or [None]
     declared = tomllib.loads((Path(cli.__file__).parents[1] / "pyproject.toml").read_text())["project"]["scripts"]
