@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 _THREADS = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
 _PART = 1 << 14  # rows that a thread scores at a time
+_BLOCK = 256  # scores of which the best is looked at first
 _FINE = 254  # steps of a query's second byte in one of its first
 _DEVIATIONS = 8.0  # a score is further off in one of 10^14 cases
 TIE = 1e-6  # scores closer than this are the same; more than what fp32 is off by in a product
@@ -53,16 +54,17 @@ class Vectors:
     def scores(self, query: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Of a unit query (d,): (n,) dot products in the order of the rows, and (n,) how far off each is at most."""
         halves, values, rounded = self._threads.submit(self._halves, torch.tensor(query)).result()
-        found = torch.empty(self._rows)
+        found, errors = torch.empty(self._rows), torch.empty(self._rows)
 
         def score(start: int) -> None:
             rows = slice(start, min(start + _PART, self._rows))
             # torch's one product of int8 into int32, which no sum overflows; it has no public name
             products = torch._int_mm(self._codes[rows], halves).float()
             torch.mul(products @ values, self._scales[rows], out=found[rows])
+            torch.add(self._errors[rows], rounded, out=errors[rows])
 
         list(self._threads.map(score, range(0, self._rows, _PART)))
-        return found.numpy(), self._errors[: self._rows].numpy() + np.float32(rounded)
+        return found.numpy(), errors.numpy()
 
     def _halves(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
         """A query turned, as (d, 2) int8 and what these are worth (2,), and the length of what was rounded away."""
@@ -78,8 +80,13 @@ def candidates(scores: NDArray[np.float32], errors: NDArray[np.float32], n: int)
     """Rows, ascending, that may be among the n best or tie with them, by scores that are off by at most the errors."""
     if n >= len(scores):
         return np.arange(len(scores))
-    limit = float(torch.from_numpy(scores - errors).topk(n).values[-1])
-    return np.flatnonzero(scores + errors >= limit)
+    some, n_blocks = np.arange(len(scores)), len(scores) // _BLOCK
+    if n_blocks > n:  # a bound by blocks: the n best of those above it are n good ones, found in one pass over all
+        tops = scores[: n_blocks * _BLOCK].reshape(n_blocks, _BLOCK).max(axis=1)
+        some = np.flatnonzero(scores >= np.partition(tops, -n)[-n])
+    limit = np.partition(scores[some] - errors[some], -n)[-n]
+    near = np.flatnonzero(scores >= limit - errors.max())
+    return near[scores[near] + errors[near] >= limit]
 
 
 def best(scores: NDArray[np.float32], n: int) -> NDArray[np.int64]:

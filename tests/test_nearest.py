@@ -44,9 +44,11 @@ def test_the_bounds_hold_where_rounding_would_be_worst(dim):
     assert (abs(scores - stored.astype(float) @ query) <= errors).all() and (errors < 0.02).all() and scores[2] == 0
 
 
+@pytest.mark.parametrize("block", [1, 16, 256])
 @pytest.mark.parametrize("n", [1, 5, 50, 399, 400, 1000])
-def test_the_best_are_among_the_candidates(n):
+def test_the_best_are_among_the_candidates(monkeypatch, n, block):
     """Of vectors that lie so close that int8 alone confuses them."""
+    monkeypatch.setattr(nearest, "_BLOCK", block)
     near = unit(1, 64, 3) + 0.02 * unit(400, 64, 4)
     stored = (near / np.linalg.norm(near, axis=1, keepdims=True)).astype(np.float16)
     stored[[7, 70, 300]] = stored[200]
@@ -56,6 +58,9 @@ def test_the_best_are_among_the_candidates(n):
     found = nearest.candidates(scores, errors, n)
     wanted = nearest.best(true, n)
     assert (np.diff(found) > 0).all() and set(wanted) <= set(found)
+    lows = np.sort(scores - errors)[::-1]
+    all_that_may_be = np.flatnonzero(scores + errors >= lows[min(n, len(lows)) - 1])
+    assert set(all_that_may_be) <= set(found) and len(found) <= 1.2 * len(all_that_may_be) + 1
     if n == 5:
         assert set(nearest.best(scores, n)) != set(wanted)  # else this tests nothing
 
