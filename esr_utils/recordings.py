@@ -17,7 +17,7 @@ import io
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +34,9 @@ from esr_utils.batches import BadAudio, prepared
 from esr_utils.config import SAMPLE_RATE, Level
 from esr_utils.decoding import NoFfmpegError, read_spans
 from esr_utils.index import Index
-from esr_utils.index_rows import Embedded, File
+from esr_utils.index_rows import Changes, Embedded, File
 from esr_utils.moments import MIN_S, Channels, Moment, moments
-from esr_utils.recording_labels import Columns, Labels
+from esr_utils.recording_labels import Labels
 from esr_utils.retriever import Retriever
 from esr_utils.weights import WeightsError
 
@@ -150,21 +150,35 @@ def refresh(index: Index, found: Found, channels: Channels = "mix", progress: Pr
         recording_labels.LabelsError: labels do not fit the index.
         weights.WeightsError: silero-vad is not installed.
     """
+
+    def embed(changes: Changes, report: Report) -> Iterator[Embedded]:
+        n_files = len(changes.changed) + len(changes.new)
+        heard = (lambda done, seconds: progress(done, n_files, seconds)) if progress else None
+        return Embedder(index.model, index.about["level"], channels, report, heard)(changes.to_embed())
+
+    return refresh_by(embed, index, found)
+
+
+def refresh_by(embed: Callable[[Changes, Report], Iterable[Embedded]], index: Index, found: Found) -> Report:
+    """As `refresh`, by what embeds files elsewhere.
+
+    Args:
+        embed: from the changes, of which it embeds those new and changed, to what was made of each. It notes in the
+            report what it embeds, and what it cannot use.
+    """
     labels = found.labels.for_index(index)
     changes = index.changes(found.within, found.files.items())
     changes.gone = [key for key in changes.gone if not _in(key, found.left_out)]  # perhaps they cannot be seen now
     report = Report(unchanged=changes.unchanged + len(changes.touched), removed=len(changes.gone))
-    n_files = len(changes.changed) + len(changes.new)
-    heard = (lambda done, seconds: progress(done, n_files, seconds)) if progress else None
-    embedder = _Embedder(index, labels, channels, report, heard)
     new = {key for key, _ in changes.new} | {file.key for file in changes.changed}
     same = {key: path for key, path in found.files.items() if key not in new}
 
-    def embedded(files: Iterator[File]) -> Iterator[Embedded]:
+    def embedded(_: Iterator[File]) -> Iterator[Embedded]:
         for one in labels.relabelled(index, same):
             report.relabelled += 1
             yield one
-        yield from embedder(files)
+        for one in embed(changes, report):
+            yield replace(one, moments=pd.concat([one.moments, labels.of(one.file.key, one.moments)], axis=1))
 
     index.apply(changes, embedded)
     report.left_out |= found.left_out | dict(changes.unreadable)
@@ -184,27 +198,30 @@ class _Recording:
         self.places: list[tuple[float, float, int | None]] = []
         self.vectors: list[NDArray[np.float32] | None] = []
 
-    def embedded(self, dim: int, labels: Columns) -> Embedded:
+    def embedded(self, dim: int) -> Embedded:
         table = pd.DataFrame(self.places, columns=["start_s", "end_s", "channel"])
         table = table.astype({"start_s": float, "end_s": float, "channel": "Int64"})
-        table = pd.concat([table, labels.of(self.file.key, table)], axis=1)
         vectors = np.stack(self.vectors) if self.vectors else np.zeros((0, dim), np.float32)
         return Embedded(self.file, table, vectors, problem=self.problem)
 
 
-class _Embedder:
-    """From files to what was made of each, for `Index.apply`."""
+class Embedder:
+    """From files to what was made of each, as `refresh_by` takes it; call it once.
+
+    Attributes:
+        heard_s: seconds of the files that were heard to their end.
+    """
 
     def __init__(
         self,
-        index: Index,
-        labels: Columns,
+        model: Retriever,
+        level: Level,
         channels: Channels,
         report: Report,
-        heard: Callable[[int, float], None] | None,
+        heard: Callable[[int, float], None] | None = None,
     ) -> None:
-        self.model, self.level, self.dim = index.model.eval(), index.about["level"], index.about["dim"]
-        self.labels, self.channels, self.report, self.heard = labels, channels, report, heard
+        self.model, self.level, self.dim = model.eval(), level, model.config.dim
+        self.channels, self.report, self.heard = channels, report, heard
         self.waiting: list[tuple[_Recording, int, torch.Tensor]] = []  # whose, which of its moments, (S,) samples
         self.done: list[_Recording] = []  # heard to the end; those of their moments that are not embedded yet wait
         self.waiting_s, self.since, self.heard_s, self.files = 0.0, time.monotonic(), 0.0, 0
@@ -277,7 +294,7 @@ class _Embedder:
             self.report.embedded += 1
             self.report.moments += len(one.places)
             self.report.speech_s += sum(end - start for start, end, _ in one.places)
-            yield one.embedded(self.dim, self.labels)
+            yield one.embedded(self.dim)
 
 
 def by_length(waiting: list[tuple[_Recording, int, torch.Tensor]]) -> Iterator[list]:

@@ -111,13 +111,13 @@ def test_batches_are_of_like_lengths_and_bounded():
 def test_what_waits_is_bounded_and_files_are_given_when_they_are_done(folder, index, monkeypatch):
     """The first of two files is committed before the second has been heard."""
     monkeypatch.setattr(recordings, "POOL_S", 5.0)
-    waited, committed, embed = [], [], recordings._Embedder._embed
+    waited, committed, embed = [], [], recordings.Embedder._embed
 
     def watched(self):
         waited.append(sum(len(waveform) for _, _, waveform in self.waiting) / RATE)
         embed(self)
 
-    monkeypatch.setattr(recordings._Embedder, "_embed", watched)
+    monkeypatch.setattr(recordings.Embedder, "_embed", watched)
     monkeypatch.setattr("esr_utils.index_table._COMMIT_ROWS", 1)
     seen = lambda done, total, seconds: committed.append((done, len(index.files())))  # noqa: E731
     recordings.refresh(index, recordings.find(folder), progress=seen)
