@@ -206,7 +206,7 @@ class _Recording:
 
 
 class Embedder:
-    """From files to what was made of each, as `refresh_by` takes it; call it once.
+    """From files to what was made of each; call it once.
 
     Attributes:
         heard_s: seconds of the files that were heard to their end.

@@ -25,24 +25,26 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
 
 from esr_utils import runs
 from esr_utils.audio_folder import absolute_path
-from esr_utils.config import Level
-from esr_utils.index import Index, clip_keys, model_id, of_clips, stated
-from esr_utils.index_rows import Changes, Embedded, IndexUnusable, first_line
-from esr_utils.manifest_schema import ManifestError
+from esr_utils.index import Index, clip_keys
+from esr_utils.index_rows import Changes, Embedded, first_line
+from esr_utils.index_snapshot import Snapshot
 from esr_utils.moments import Channels
-from esr_utils.recordings import Embedder, Found, Progress, Report, load_retriever, refresh_by
+from esr_utils.recordings import Found, Report, refresh_by
+from esr_utils.scale_workers import Clips, Done, Listener, Worker
 
 _BATCH_S, _BATCH_FILES = 1800.0, 500  # of audio in a batch, at most, if no single file is longer: what a death costs
 _ROUNDS = 4  # batches that a worker gets, at least, so that all end at about the same time
@@ -81,16 +83,14 @@ def refresh(
     index: Index,
     found: Found,
     run: str | Path,
-    workers: Workers = Workers(),  # noqa: B008: it is frozen
+    workers: Workers = Workers(),  # noqa: B008
     channels: Channels = "mix",
-    progress: Progress | None = None,
 ) -> Report:
     """As `recordings.refresh`, by several workers. Interrupted, run it again.
 
     Args:
         index: without a model too; the workers have theirs.
         run: name or path of the run folder whose retriever made the index, as all nodes see it.
-        progress: is called with the files done, those to do in all, and the seconds of audio heard, batch by batch.
 
     Raises:
         ScaleError: Ray is not installed, its cluster not reached or too small, or no worker could work: such as when
@@ -98,13 +98,16 @@ def refresh(
         IndexUnusable, IndexWriteError, recording_labels.LabelsError: as `recordings.refresh`.
     """
 
-    def embed(changes: Changes, report: Report) -> Iterator[Embedded]:
-        files = {file.key: file.path for file in changes.changed} | dict(changes.new)
-        seconds = pd.Series({key: _seconds(path) for key, path in files.items()}, dtype=float)
-        table = pd.DataFrame({"key": list(files)})
-        yield from _told(_spread(Listener, table, seconds, index, run, workers, channels), report, len(files), progress)
+    with ExitStack() as ends:
 
-    return refresh_by(embed, index, found)
+        def embed(changes: Changes, report: Report) -> Iterator[Embedded]:
+            files = {file.key: file.path for file in changes.changed} | dict(changes.new)
+            seconds = pd.Series({key: _seconds(path) for key, path in files.items()}, dtype=float)
+            table = pd.DataFrame({"key": list(files)})
+            results = _told(_spread(Listener, table, seconds, index, run, workers, channels), report, len(files))
+            return ends.enter_context(closing(results))  # else an error's traceback would keep the workers going
+
+        return refresh_by(embed, index, found)
 
 
 def build(
@@ -112,7 +115,6 @@ def build(
     manifest: pd.DataFrame,
     run: str | Path,
     workers: Workers = Workers(),  # noqa: B008
-    progress: Progress | None = None,
 ) -> Report:
     """As `index.build`, by several workers, into an index that may hold part of it already. Interrupted, run it again.
 
@@ -122,7 +124,6 @@ def build(
 
     Args:
         manifest: rows of `manifests.load_corpora`.
-        progress: as `refresh`; the seconds are those of the clips.
 
     Raises:
         ScaleError, IndexUnusable, IndexWriteError: as `refresh`.
@@ -131,129 +132,55 @@ def build(
     changes = index.changes("/", ((key, absolute_path(key)) for key in clips["key"].unique()))
     report = Report(unchanged=changes.unchanged, removed=len(changes.gone))
 
-    def embed(_: Iterator[Any]) -> Iterator[Embedded]:
-        keys = [file.key for file in changes.changed] + [key for key, _ in changes.new]
-        seconds = clips.groupby("key")["duration_s"].sum()[keys]
-        yield from _told(_spread(Clips, clips, seconds, index, run, workers), report, len(keys), progress)
-
-    index.apply(changes, embed)
+    files = [file.key for file in changes.changed] + [key for key, _ in changes.new]
+    seconds = clips.groupby("key")["duration_s"].sum()[files]
+    with closing(_told(_spread(Clips, clips, seconds, index, run, workers), report, len(files))) as results:
+        index.apply(changes, lambda _: results)
     report.left_out |= dict(changes.unreadable)
     return report
 
 
-# What a worker does -----------------------------------------------------------------------------------------
+def agreement(index: Index, other: Index) -> pd.DataFrame:
+    """Whether what `other` holds, such as a sample of the same files, is in `index` too, by the same numbers.
 
-
-@dataclass
-class Done:
-    """What was made of a batch.
-
-    Attributes:
-        keys: of its files.
-        report: of these.
-        seconds: of audio.
+    Returns:
+        One row: `moments` of other, `missing` of these in index, and `max |1 - cosine|` of the vectors of the rest.
     """
-
-    keys: list[str]
-    embedded: list[Embedded] = field(default_factory=list)
-    report: Report = field(default_factory=Report)
-    seconds: float = 0.0
-
-
-class Worker:
-    """A process with a retriever of its own. Of a batch that fails, the files are tried by themselves."""
-
-    def __init__(self, run: str, about: dict[str, Any], threads: int, device: str) -> None:
-        torch.set_num_threads(threads)
-        self.model, _, _ = load_retriever(run, device)
-        self.model.eval()
-        self.level: Level = about["level"]
-        if (found := model_id(self.model)) != about["model"]:
-            raise IndexUnusable(f"the index was made by model {about['model']!r}, and {run} holds {found!r}")
-
-    def __call__(self, batch: pd.DataFrame) -> pd.DataFrame:
-        """Args: batch: rows with a column `key`. Returns one row with a column `done`."""
-        done = Done(batch["key"].unique().tolist())
-        try:
-            self.embed(batch, done)
-        except Exception as error:
-            if len(done.keys) > 1:
-                raise
-            done = Done(done.keys)
-            done.report.left_out[done.keys[0]] = f"failed: {type(error).__name__}: {first_line(error)}"
-        return pd.DataFrame({"done": [done]})
-
-    def embed(self, batch: pd.DataFrame, done: Done) -> None:
-        raise NotImplementedError
+    ours, theirs = (_unit_vectors(one) for one in (index, other))
+    missing = theirs.keys() - ours.keys()
+    apart = [abs(1 - float(ours[one] @ theirs[one])) for one in theirs.keys() - missing]
+    return pd.DataFrame(
+        {"moments": [len(theirs)], "missing": [len(missing)], "max |1 - cosine|": [max(apart, default=np.nan)]}
+    )
 
 
-class Listener(Worker):
-    """Recordings to moments."""
-
-    def __init__(self, run: str, about: dict[str, Any], threads: int, device: str, channels: Channels) -> None:
-        super().__init__(run, about, threads, device)
-        self.channels = channels
-
-    def embed(self, batch: pd.DataFrame, done: Done) -> None:
-        files = Changes(new=[(key, absolute_path(key)) for key in done.keys])
-        embedder = Embedder(self.model, self.level, self.channels, done.report)
-        done.embedded.extend(embedder(files.to_embed()))
-        done.report.left_out |= dict(files.unreadable)
-        done.seconds = embedder.heard_s
-
-
-class Clips(Worker):
-    """A manifest's clips; all those of a file are in one batch."""
-
-    def embed(self, batch: pd.DataFrame, done: Done) -> None:
-        from esr_utils.embedding import embed
-
-        cuts, problems = self._cuts(batch)
-        found = embed(self.model, cuts, self.level, cache=None)
-        clips = batch.drop(columns="key").reset_index(drop=True)
-        key_of = dict(zip(batch["utterance_id"], batch["key"], strict=True))
-        for utterance_id, reason in found.skipped.itertuples(index=False):
-            problems.setdefault(key_of[utterance_id], []).append(f"{utterance_id}: {reason}")
-        made = {one.file.key: one for one in of_clips(clips, found)}
-        for key in done.keys:
-            none = Embedded(stated(key), clips[:0], np.zeros((0, self.model.config.dim), np.float32))
-            done.embedded.append(replace(made.get(key, none), problem="; ".join(problems.get(key, []))))
-        done.report.problems |= {one.file.key: one.problem for one in done.embedded if one.problem}
-        done.seconds = float(clips["duration_s"].sum())
-        done.report.embedded = len(done.keys)
-        done.report.moments = len(found.utterance_ids)
-        done.report.speech_s = float(clips.set_index("utterance_id")["duration_s"][found.utterance_ids].sum())
-
-    @staticmethod
-    def _cuts(batch: pd.DataFrame) -> tuple[Any, dict[str, list[str]]]:
-        """Cuts of the clips whose audio is there, and what is wrong with that of the others, by file."""
-        from lhotse import CutSet
-
-        from esr_utils.manifests import to_cuts
-
-        cuts, problems = [], {}
-        for key, clips in batch.drop(columns="key").groupby(batch["key"], sort=False):
-            try:
-                cuts.extend(to_cuts(clips))
-            except ManifestError as error:
-                problems[key] = [str(problem) for problem in error.problems]
-        return CutSet.from_cuts(cuts), problems
+def _unit_vectors(index: Index) -> dict[str, NDArray[np.float64]]:
+    """(d,) of each moment, by its id."""
+    index.reload()
+    found = {}
+    for batch in index.batches(["id", "vector"], Snapshot(index).alive()):
+        vectors = np.array(batch["vector"].to_pylist(), np.float64)  # kept as fp16, and so not quite of length 1
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        found.update(zip(batch["id"].to_pylist(), vectors, strict=True))
+    return found
 
 
 # What the driver does ---------------------------------------------------------------------------------------
 
 
-def _told(results: Iterable[Done], report: Report, n_files: int, progress: Progress | None) -> Iterator[Embedded]:
+def _told(results: Iterable[Done], report: Report, n_files: int) -> Iterator[Embedded]:
     """Passes on what the workers have made, and tells of it."""
-    n, seconds = 0, 0.0
-    for done in results:
-        yield from done.embedded
-        for name in ("embedded", "moments", "speech_s", "problems", "left_out"):
-            ours, theirs = getattr(report, name), getattr(done.report, name)
-            setattr(report, name, ours | theirs if isinstance(ours, dict) else ours + theirs)
-        n, seconds = n + len(done.keys), seconds + done.seconds
-        if progress:
-            progress(n, n_files, seconds)
+    seconds, started = 0.0, time.monotonic()
+    with tqdm(total=n_files, desc="embed", unit="file", leave=False) as bar:
+        for done in results:
+            yield from done.embedded
+            for name in ("embedded", "moments", "speech_s", "problems", "left_out"):
+                ours, theirs = getattr(report, name), getattr(done.report, name)
+                setattr(report, name, ours | theirs if isinstance(ours, dict) else ours + theirs)
+            seconds += done.seconds
+            speed = seconds / (time.monotonic() - started)
+            bar.set_postfix_str(f"{seconds / 3600:.2f} h heard, {speed:.0f} x real time", refresh=False)
+            bar.update(len(done.keys))
 
 
 def _seconds(path: Path) -> float:
