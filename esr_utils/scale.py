@@ -249,7 +249,7 @@ def _spread(
 
 def _job(worker: type[Worker], arguments: tuple, parts: list[pd.DataFrame], workers: Workers) -> Iterator[Done]:
     """What workers make of batches, as it is done, without those that failed for good."""
-    ray = _ray()
+    ray = load_ray()
     if not parts:
         return
     settings = ray.data.DataContext.get_current().copy()
@@ -280,7 +280,14 @@ def _cause(error: Exception) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def _ray() -> Any:
+def load_ray() -> Any:
+    """Ray, which keeps what it tells to its log files, and sends no statistics.
+
+    Raises:
+        ScaleError: it is not installed.
+    """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)  # read by its import, and by the processes that it starts
     try:
         import ray
         import ray.data
@@ -299,9 +306,7 @@ def connected(workers: Workers) -> Iterator[None]:
     Raises:
         ScaleError: Ray is not installed, the cluster cannot be reached, or no worker fits into it.
     """
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)  # read by the import, and by the processes that it starts
-    ray = _ray()
+    ray = load_ray()
     if ours := not ray.is_initialized():
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
         own = {"num_cpus": workers.n * workers.threads, "include_dashboard": False, "object_store_memory": _STORE}
