@@ -238,9 +238,9 @@ def _spread(
             parts = [table.iloc[np.concatenate([rows[key] for key in batch])] for batch in some]
             for done in _job(worker, arguments, parts, workers):
                 for key in done.keys:
-                    del missing[key]
+                    missing.pop(key, None)
                 yield done
-    reason = f"its worker failed or died, {_RETRIES + 1} times: the logs of Ray, in /tmp/ray of its node, say why"
+    reason = f"its worker failed or died, {_RETRIES + 1} times: Ray's logs, in /tmp/ray/session_latest/logs, say why"
     if len(missing) == len(seconds):
         raise ScaleError(f"no worker could do anything: {reason}")
     for key in missing:
