@@ -116,5 +116,5 @@ class Clips(Worker):
             try:
                 cuts.extend(to_cuts(clips))
             except ManifestError as error:
-                problems[key] = [str(problem) for problem in error.problems]
+                problems[key] = [f"{one.utterance_id}: {one.reason}" for one in error.problems]
         return CutSet.from_cuts(cuts), problems
