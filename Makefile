@@ -10,13 +10,13 @@ demo: .venv/installed  ## train, evaluate and search on the demo corpus; everyth
 	$(BIN)/jupyter nbconvert --log-level=ERROR --to html runs/quickstart/00_quickstart.ipynb
 	@echo "Open runs/quickstart/00_quickstart.html to see and hear it; results.json and figures/ are beside it."
 
-test: .venv/installed  ## the whole test suite
+test: .venv/scale  ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder  # else the notebooks, few and long, come last
 
 lab: .venv/installed  ## JupyterLab
 	$(BIN)/jupyter lab notebooks
 
-figures: .venv/installed  ## every notebook in full, in order, executed copies and figures to runs/
+figures: .venv/scale  ## every notebook in full, in order, executed copies and figures to runs/
 	mkdir -p runs/notebooks
 	set -e; for notebook in $(NOTEBOOKS); do \
 		$(BIN)/papermill --progress-bar $$notebook runs/notebooks/$$(basename $$notebook); done
@@ -30,4 +30,8 @@ results: .venv/installed  ## the README's table on real speech: make results ESR
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps resemblyzer==0.1.4  # its webrtcvad needs a compiler
+	touch $@
+
+.venv/scale: .venv/installed requirements-scale.txt  # Ray, which only 12_scale_out and its tests need
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-scale.txt
 	touch $@

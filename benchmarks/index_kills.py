@@ -47,12 +47,12 @@ def esr(arguments: list[str], log: Path) -> None:
     """In a process of its own: the command, writing as often as it otherwise does in hours."""
     import torch
 
-    from esr_utils import cli, index_writing, recordings
+    from esr_utils import cli, index_writing, listening
 
     with log.open("wb") as file:
         os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
-    recordings.POOL_S, recordings.PART_S, index_writing._COMMIT_ROWS, index_writing._COMMIT_S = 8.0, 0.05, 4, 0.1
+    listening.POOL_S, listening.PART_S, index_writing._COMMIT_ROWS, index_writing._COMMIT_S = 8.0, 0.05, 4, 0.1
     index_writing._SMALL_FRAGMENTS = 4
     sys.exit(cli.main(arguments))
 

@@ -14,7 +14,7 @@ is told in `index_table`. Embedding is the caller's: `refresh` and `add` take it
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -269,13 +269,22 @@ def build(
     from esr_utils.manifests import to_cuts
 
     embeddings = embeddings or embed(model, to_cuts(manifest), level, cache)
+    index = Index.create(uri, model, level=level, replace=True)
+    index.add(of_clips(manifest, embeddings))
+    return index, embeddings.skipped
+
+
+def clip_keys(manifest: pd.DataFrame) -> list[str]:
+    """The key of each clip's file, by the columns `root` and `path`."""
+    return [absolute_key(Path(root) / path) for root, path in zip(manifest["root"], manifest["path"], strict=True)]
+
+
+def of_clips(manifest: pd.DataFrame, embeddings: Embeddings) -> Iterator[Embedded]:
+    """What was made of each file of a manifest, as `build` writes it: those of its clips that could be embedded."""
     clips = manifest.set_index("utterance_id", drop=False).loc[embeddings.utterance_ids].reset_index(drop=True)
     clips["id"] = clips["utterance_id"]
-    keys = [absolute_key(Path(root) / path) for root, path in zip(clips["root"], clips["path"], strict=True)]
-    index = Index.create(uri, model, level=level, replace=True)
-    groups = clips.groupby(keys, sort=False).indices
-    index.add(Embedded(_stated(key), clips.iloc[rows], embeddings.vectors[rows]) for key, rows in groups.items())
-    return index, embeddings.skipped
+    for key, rows in clips.groupby(clip_keys(clips), sort=False).indices.items():
+        yield Embedded(stated(key), clips.iloc[rows], embeddings.vectors[rows])
 
 
 def model_id(model: Retriever) -> str:
@@ -287,7 +296,7 @@ def model_id(model: Retriever) -> str:
     return f"{model.kind} {config.speech_backbone}+{config.text_backbone} {config.dim}-d {digest}"
 
 
-def _stated(key: str) -> File:
+def stated(key: str) -> File:
     """A file by size and time: a manifest's clips are not refreshed, so their content need not be read."""
     path = absolute_path(key)
     status = os.stat(path)

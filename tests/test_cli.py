@@ -406,12 +406,12 @@ def test_ctrl_c_leaves_a_good_index_and_says_how_to_go_on(esr, own, tmp_path, sp
 
 
 def test_ctrl_c_that_a_library_swallows_ends_it_all_the_same(esr, own, folder, tmp_path, monkeypatch):
-    def swallowing(path, channels, moments=recordings.moments):
+    def swallowing(path, channels, moments=listening.moments):
         with contextlib.suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         yield from moments(path, channels)
 
-    monkeypatch.setattr(recordings, "moments", swallowing)
+    monkeypatch.setattr(listening, "moments", swallowing)
     shutil.copy(folder / "call.wav", tmp_path)
     code, out, err = esr("index", tmp_path / "call.wav", "--index", own)
     assert (code, out) == (INTERRUPTED, "") and "run the same command again" in err

@@ -28,7 +28,7 @@ LAYERS = {
         "objective", "checkpoints", "fitting", "training", "evaluation", "comparison", "ablations", "spaces", "index",
         "generation", "mining", "plots", "fusion_objective", "fusion_training", "fusion_systems", "protocols",
         "fusion_evaluation", "fusion_tables", "fusion_limits", "leakage",
-        "fusion_folds", "recordings", "recording_labels", "query_vectors",
+        "fusion_folds", "recordings", "recording_labels", "query_vectors", "listening", "scale", "scale_workers",
     ),
     "command": ("cli",),
 }  # fmt: skip
@@ -119,6 +119,7 @@ def test_there_is_no_circle():
         ({"transformers", "tokenizers", "funasr"}, {"speech", "text", "chat", "weights", "mining"}),
         ({"matplotlib", "seaborn"}, {"plots"}),
         ({"accelerate"}, {"fitting", "objective"}),
+        ({"ray"}, {"scale"}),
         ({"lancedb", "pyarrow"}, {"index", "index_rows", "index_table", "index_writing", "index_snapshot"}),
     ],
 )

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import soundfile
 
-from esr_utils import recordings
+from esr_utils import listening, recordings
 from esr_utils.index import Index
 from esr_utils.recording_labels import Labels, LabelsError
 
@@ -83,7 +83,7 @@ def test_rows_of_a_channel(tmp_path):
 def test_other_labels_change_the_moments_and_embed_nothing(index, folder, monkeypatch):
     recordings.refresh(index, recordings.find(folder))
     before = rows(index)
-    monkeypatch.setattr(recordings._Embedder, "_take", None)  # it would fail
+    monkeypatch.setattr(listening.Embedder, "_take", None)  # it would fail
     report = refresh(index, folder, "path,speaker\none.flac,anna\nthree.wav,ben\ngone.wav,carl\n")
     assert (report.embedded, report.unchanged, report.relabelled) == (0, 3, 2)
     report = refresh(index, folder, "path,speaker,mood\none.flac,anna,3\nthree.wav,carl,\n")

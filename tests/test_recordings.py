@@ -14,7 +14,7 @@ import soundfile
 import torch
 from test_decoding import convert
 
-from esr_utils import clips, decoding, recordings
+from esr_utils import clips, decoding, index_rows, listening, recordings
 from esr_utils.audio_files import AudioError
 from esr_utils.audio_folder import NoAudio, absolute_key, absolute_path
 from esr_utils.batches import prepared
@@ -80,9 +80,9 @@ def check(found: pd.DataFrame, expected: pd.DataFrame) -> None:
 
 
 @pytest.mark.parametrize("channels", ["mix", "split"])
-@pytest.mark.parametrize("pool_s", [recordings.POOL_S, 5.0])
+@pytest.mark.parametrize("pool_s", [listening.POOL_S, 5.0])
 def test_moments_are_embedded_as_one_by_one(folder, tiny_model, tmp_path, channels, pool_s, monkeypatch):
-    monkeypatch.setattr(recordings, "POOL_S", pool_s)
+    monkeypatch.setattr(listening, "POOL_S", pool_s)
     index = Index.create(tmp_path / "index", tiny_model, channels=channels)
     report = recordings.refresh(index, recordings.find(folder))
     expected = one_by_one(index, folder, channels)
@@ -101,24 +101,24 @@ def test_the_level_is_that_of_the_index(folder, tmp_path, tiny_model):
 def test_batches_are_of_like_lengths_and_bounded():
     rng = np.random.default_rng(0)
     waiting = [(None, i, torch.zeros(int(n))) for i, n in enumerate(rng.uniform(1, 10, 300) * RATE)]
-    batches = list(recordings.by_length(waiting))
+    batches = list(listening.by_length(waiting))
     assert sorted(i for batch in batches for _, i, _ in batch) == list(range(300))
     lengths = [[len(waveform) for _, _, waveform in batch] for batch in batches]
-    assert all(len(one) * max(one) <= recordings.BATCH_S * RATE for one in lengths)
+    assert all(len(one) * max(one) <= listening.BATCH_S * RATE for one in lengths)
     assert sum(len(one) * max(one) for one in lengths) < 1.05 * sum(map(sum, lengths))
-    assert list(recordings.by_length([])) == []
+    assert list(listening.by_length([])) == []
 
 
 def test_what_waits_is_bounded_and_files_are_given_when_they_are_done(folder, index, monkeypatch):
     """The first of two files is committed before the second has been heard."""
-    monkeypatch.setattr(recordings, "POOL_S", 5.0)
-    waited, committed, embed = [], [], recordings._Embedder._embed
+    monkeypatch.setattr(listening, "POOL_S", 5.0)
+    waited, committed, embed = [], [], listening.Embedder._embed
 
     def watched(self):
         waited.append(sum(len(waveform) for _, _, waveform in self.waiting) / RATE)
         embed(self)
 
-    monkeypatch.setattr(recordings._Embedder, "_embed", watched)
+    monkeypatch.setattr(listening.Embedder, "_embed", watched)
     monkeypatch.setattr("esr_utils.index_writing._COMMIT_ROWS", 1)
     seen = lambda done, total, seconds: committed.append((done, len(index.files())))  # noqa: E731
     recordings.refresh(index, recordings.find(folder), progress=seen)
@@ -286,14 +286,14 @@ def test_a_file_that_cannot_be_opened_keeps_what_there_is_of_it(folder, index, m
     recordings.refresh(index, recordings.find(folder))
     before = rows(index)
     soundfile.write(folder / "one.flac", speech[20 * RATE : 30 * RATE], RATE)
-    read = recordings.File.read
+    read = index_rows.File.read
 
     def denied(key, path):
         if path.name == "one.flac":
             raise PermissionError(errno.EACCES, "Permission denied")
         return read(key, path)
 
-    monkeypatch.setattr(recordings.File, "read", denied)
+    monkeypatch.setattr(index_rows.File, "read", denied)
     report = recordings.refresh(index, recordings.find(folder))
     assert report.left_out == {str(folder / "one.flac"): "Permission denied"}
     check(rows(index), before)
@@ -301,7 +301,7 @@ def test_a_file_that_cannot_be_opened_keeps_what_there_is_of_it(folder, index, m
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_interrupted_it_keeps_what_was_done_and_goes_on(folder, index, monkeypatch, error):
-    monkeypatch.setattr(recordings, "POOL_S", 1.0)
+    monkeypatch.setattr(listening, "POOL_S", 1.0)
     of_the_second = []
 
     def stop(done, total, seconds):
@@ -330,18 +330,18 @@ def test_of_a_long_file_that_was_interrupted_nothing_is_embedded_again(
     index = Index.create(tmp_path / "index", tiny_model, channels=channels)
     recordings.refresh(whole, recordings.find(tmp_path / "long"))
     expected = rows(whole)
-    monkeypatch.setattr(recordings, "POOL_S", 5.0)
-    monkeypatch.setattr(recordings, "PART_S", 0.0)
+    monkeypatch.setattr(listening, "POOL_S", 5.0)
+    monkeypatch.setattr(listening, "PART_S", 0.0)
     monkeypatch.setattr("esr_utils.index_writing._COMMIT_ROWS", 1)
     embedded, there = 0, [0]
-    embed = recordings._Embedder._embed
+    embed = listening.Embedder._embed
 
     def counted(self):
         nonlocal embedded
         embedded += len(self.waiting)
         embed(self)
 
-    monkeypatch.setattr(recordings._Embedder, "_embed", counted)
+    monkeypatch.setattr(listening.Embedder, "_embed", counted)
     for stop_s in (25, 20, 45):
 
         def stop(done, total, seconds, stop_s=stop_s):
@@ -365,8 +365,8 @@ def test_of_a_long_file_that_was_interrupted_nothing_is_embedded_again(
 def test_a_long_file_that_changes_after_an_interruption_is_embedded_anew(tmp_path, index, speech, monkeypatch):
     (tmp_path / "long").mkdir()
     soundfile.write(tmp_path / "long" / "long.wav", speech, RATE)
-    monkeypatch.setattr(recordings, "POOL_S", 5.0)
-    monkeypatch.setattr(recordings, "PART_S", 0.0)
+    monkeypatch.setattr(listening, "POOL_S", 5.0)
+    monkeypatch.setattr(listening, "PART_S", 0.0)
 
     def stop(done, total, seconds):
         if seconds > 20:
