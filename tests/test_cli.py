@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from esr_utils import cli, recordings
+from esr_utils import cli, listening, recordings
 from esr_utils.cli_options import ERROR, INTERRUPTED, NOTHING, OK, PIPE_CLOSED, USAGE
 from esr_utils.index import Index
 
