@@ -40,7 +40,7 @@ from esr_utils.index_table import IndexTable, matrix
 
 KILLS, FILES, RATE = 200, 8, 16_000
 CLIPS = [1, 2, 3, 4, 5, 6, 8, 12]  # in each of the recordings that the files are copies of: 3 s to 40 s
-BEYOND = 1.15  # of the time that the command takes: the last moments are drawn too, and how long it takes is seen
+DRAWN = (0.4, 1.15)  # of the time that the command takes, which is half start-up; past its end, to see how lo
 
 
 def esr(arguments: list[str], log: Path) -> None:
@@ -77,9 +77,9 @@ class World:
     def __post_init__(self) -> None:
         self.audio, self.index, self.originals = (self.folder / name for name in ("audio", "index", "originals"))
         self.context = multiprocessing.get_context("forkserver")
-        # not lancedb and silero-vad, which start threads; those would not be there after a fork
-        modules = ["torch", "esr_utils.recordings", "esr_utils.cli", "transformers.models.whisper.modeling_whisper"]
-        self.context.set_forkserver_preload([*modules, "transformers.models.bert.modeling_bert", "pyarrow.dataset"])
+        modules = ["torch", "torchaudio", "esr_utils.recordings", "esr_utils.cli", "lance_namespace", "pyarrow.dataset"]
+        models = [f"transformers.models.{name}.modeling_{name}" for name in ("whisper", "bert")]
+        self.context.set_forkserver_preload(modules + models)  # not lancedb: it starts threads, which a fork loses
 
     def start(self, places: Path, index: Path) -> multiprocessing.Process:
         arguments = ["index", str(places), "--index", str(index), "--run", self.run]
@@ -189,7 +189,6 @@ def main(kills: int, run: str) -> int:
     world.finish(world.audio, world.index)
     world.change()
     takes = world.finish(world.audio, world.index)
-    idle = world.finish(world.audio, world.index)  # to start, and to find that nothing is to be done
     hit = attempts = lost = doubled = gone = between = 0
     while hit < kills:
         attempts += 1
@@ -197,7 +196,7 @@ def main(kills: int, run: str) -> int:
         if thrown := rng.random() < 0.1:
             shutil.rmtree(world.index)
         before, started, process = version(world.index), time.monotonic(), world.start(world.audio, world.index)
-        process.join(rng.uniform(0.8 * idle, BEYOND * takes))
+        process.join(takes * rng.uniform(*DRAWN))
         process.kill()
         process.join()
         if process.exitcode != -signal.SIGKILL:

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from lancedb.expr import Expr
 
 _SAMPLE = 4096  # vectors that stand for all of them where not all are scored
-# Of an approximate search, for a recall@10 of 0.95 and more: lists read, and how many times k are scored again exactly.
-_PROBES, _REFINE = 10, 20
+# Of an approximate search: lists read, and how many times k are scored again exactly. Of a million the recall@10 is
+# above 0.99 for queries among the vectors, and above 0.95 for sentences, alone or minus another.
+_PROBES, _REFINE = 12, 4
 
 Rows = tuple[NDArray[np.uint64], NDArray[np.float32]]
 
