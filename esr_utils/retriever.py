@@ -247,8 +247,15 @@ class SpeechHead(nn.Module):
         self.mean.copy_(pooled.mean(0))
         self.std.copy_(pooled.std(0, correction=0).clamp(min=1e-4))
 
-    def forward(self, pooled: Tensor) -> Tensor:
-        pooled = (pooled - self.mean) / self.std
+    @property
+    def is_fitted(self) -> bool:
+        """Whether features are standardised at all."""
+        return not (bool((self.mean == 0).all()) and bool((self.std == 1).all()))
+
+    def forward(self, pooled: Tensor, statistics: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """(B, L, P) -> (B, d), standardised by a mean and a deviation (L, P), its own unless others are given."""
+        mean, std = statistics or (self.mean, self.std)
+        pooled = (pooled - mean) / std
         mixed = pooled[:, 0] if self.mix is None else torch.einsum("blp,l->bp", pooled, self.layer_weights)
         return self.projection(mixed)
 
@@ -282,6 +289,10 @@ class StyleRetriever(Retriever):
         What the losses and the style classifier take.
         """
         return self.speech_head(self.pooled(batch))
+
+    def encode_pooled(self, pooled: Tensor, statistics: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """(B, d), L2-normalised, of pooled features (B, L, P), by other statistics (see `adaptation`) where given."""
+        return F.normalize(self.speech_head(pooled, statistics), dim=-1)
 
     def text_vectors(self, texts: list[str]) -> Tensor:
         """e_t, (B, d), not normalised: what the losses take."""

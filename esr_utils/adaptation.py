@@ -1,0 +1,130 @@
+"""An index that adapts to what it holds: pooled features standardised by its own statistics, not by the training's.
+
+Rooms, microphones and speakers differ more between corpora than styles do, and most of that is a shift and a scale of
+the pooled features. A StyleRetriever standardises them by the mean and deviation of its training clips (`SpeechHead`);
+here the clips to be searched stand in for those, as a whole or group by group (corpus, speaker). No label is used; but
+a clip's vector then depends on the other clips (it is transductive), so it is computed anew when these change.
+
+    own = adaptation.gather((groups, pooled) for groups, pooled in batches_of_rows)
+    training = adaptation.of_training(model)
+    chosen = {group: adaptation.usable(found, training) for group, found in own.items()}
+    vectors = adaptation.vectors(model, pooled, chosen[group])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from esr_utils.retriever import Retriever, StyleRetriever
+
+MIN_CLIPS = 50  # with fewer, their own statistics are noise, and those of the training are used
+
+
+class AdaptationError(ValueError):
+    """A retriever whose features cannot be standardised otherwise; the message says which can."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of pooled features, layer by layer and dimension by dimension.
+
+    Attributes:
+        count: clips; 0 for those of the training, which are not of the clips at hand.
+        mean, std: (L, P) float32.
+    """
+
+    count: int
+    mean: NDArray[np.float32]
+    std: NDArray[np.float32]
+
+
+class Running:
+    """Mean and variance of rows that come in batches, in float64 (Chan, Golub & LeVeque 1983): all at once, the same.
+
+    Attributes:
+        count: rows so far.
+    """
+
+    def __init__(self) -> None:
+        self.count, self._mean, self._squares = 0, 0.0, 0.0
+
+    def add(self, rows: NDArray[np.floating]) -> None:
+        """Rows (N, L, P) of any precision."""
+        if not len(rows):
+            return
+        rows = np.asarray(rows, dtype=np.float64)
+        mean, total = rows.mean(0), self.count + len(rows)
+        apart = mean - self._mean
+        self._squares = self._squares + ((rows - mean) ** 2).sum(0) + apart**2 * (self.count * len(rows) / total)
+        self._mean, self.count = self._mean + apart * (len(rows) / total), total
+
+    def statistics(self) -> Statistics:
+        """What `SpeechHead.fit` would make of the same rows.
+
+        Raises:
+            ValueError: there was no row.
+        """
+        if not self.count:
+            raise ValueError("no clip, no statistics")
+        std = np.sqrt(self._squares / self.count).clip(min=1e-4)
+        return Statistics(self.count, self._mean.astype(np.float32), std.astype(np.float32))
+
+
+def gather(parts: Iterable[tuple[Sequence[str], NDArray[np.floating]]]) -> dict[str, Statistics]:
+    """The statistics of each group.
+
+    Args:
+        parts: batches of rows: the group of each, and their pooled features (N, L, P).
+    """
+    running: dict[str, Running] = {}
+    for groups, pooled in parts:
+        groups = np.asarray(groups)
+        for group in np.unique(groups):
+            running.setdefault(str(group), Running()).add(pooled[groups == group])
+    return {group: found.statistics() for group, found in running.items()}
+
+
+def of_training(model: Retriever) -> Statistics:
+    """What the retriever standardises by without adaptation; `count` is 0.
+
+    Raises:
+        AdaptationError: it does not standardise pooled features.
+    """
+    _check(model)
+    return Statistics(0, model.speech_head.mean.cpu().numpy(), model.speech_head.std.cpu().numpy())
+
+
+def usable(own: Statistics, training: Statistics, min_clips: int = MIN_CLIPS) -> Statistics:
+    """A group's own statistics, or those of the training where the group has too few clips."""
+    return own if own.count >= min_clips else training
+
+
+@torch.no_grad()
+def vectors(model: Retriever, pooled: NDArray[np.floating], statistics: Statistics) -> NDArray[np.float32]:
+    """Unit vectors (N, d) of pooled features (N, L, P), standardised by `statistics`; the model stays as it is.
+
+    Raises:
+        AdaptationError: as `of_training`.
+    """
+    _check(model)
+    features = torch.from_numpy(np.asarray(pooled, dtype=np.float32)).to(model.device)
+    by = tuple(torch.from_numpy(values).to(model.device) for values in (statistics.mean, statistics.std))
+    return model.encode_pooled(features, by).cpu().numpy()
+
+
+def _check(model: Retriever) -> None:
+    if not isinstance(model, StyleRetriever):
+        raise AdaptationError(
+            f"a retriever of kind {model.kind!r} has no pooled features to standardise: adaptation is for kind "
+            f"{StyleRetriever.kind!r}, which notebook 03_train makes"
+        )
+    if not model.speech_head.is_fitted:
+        raise AdaptationError(
+            "this retriever takes its features as they are (finetune full): adaptation is for one trained with "
+            "finetune frozen, which standardises them"
+        )

@@ -1,0 +1,120 @@
+"""Adaptation: statistics against numpy's, the fall-back, the training's own statistics, what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from esr_utils import adaptation
+from esr_utils.adaptation import Statistics
+from esr_utils.config import FusionConfig
+from esr_utils.fusion import FusionRetriever
+
+
+def pooled(n: int, seed: int = 0, offset: float = 0.0) -> np.ndarray:
+    """(n, L, P) fp16, as an index keeps them: of tiny_model's shape, 3 layers of 2 x 16."""
+    return (np.random.default_rng(seed).normal(offset, 2.0, size=(n, 3, 32))).astype(np.float16)
+
+
+@pytest.fixture
+def fitted(tiny_model):
+    """A retriever that standardises, by the statistics of some training clips."""
+    tiny_model.speech_head.fit(torch.from_numpy(pooled(200, seed=9)).float())
+    return tiny_model
+
+
+def test_statistics_of_batches_are_those_of_all_rows_at_once():
+    rows = pooled(101, offset=300.0)  # far from 0, where sums of squares in fp32 or fp16 would have no digit left
+    running = adaptation.Running()
+    for part in (rows[:1], rows[1:1], rows[1:60], rows[60:]):
+        running.add(part)
+    found = running.statistics()
+    exact = rows.astype(np.float64)
+    assert found.count == 101
+    np.testing.assert_allclose(found.mean, exact.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(found.std, exact.std(0), rtol=1e-6)
+
+
+def test_statistics_are_what_a_head_is_fitted_to(fitted):
+    rows = pooled(80)
+    running = adaptation.Running()
+    running.add(rows)
+    fitted.speech_head.fit(torch.from_numpy(rows).float())
+    np.testing.assert_allclose(running.statistics().mean, fitted.speech_head.mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(running.statistics().std, fitted.speech_head.std, rtol=1e-5)
+
+
+def test_a_dimension_that_never_varies_has_a_deviation_above_zero():
+    running = adaptation.Running()
+    running.add(np.full((60, 1, 2), 3.0))
+    assert (running.statistics().std == np.float32(1e-4)).all()
+
+
+def test_no_clip_has_no_statistics():
+    with pytest.raises(ValueError, match="no clip"):
+        adaptation.Running().statistics()
+
+
+def test_groups_have_their_own_statistics_in_whatever_batches_they_come():
+    rows, groups = pooled(90), np.array(["a", "b", "b"] * 30)
+    together = adaptation.gather([(groups, rows)])
+    apart = adaptation.gather([(groups[:7], rows[:7]), (groups[7:], rows[7:])])
+    for name in "ab":
+        exact = rows[groups == name].astype(np.float64)
+        assert together[name].count == apart[name].count == len(exact)
+        for found in (together[name], apart[name]):
+            np.testing.assert_allclose(found.mean, exact.mean(0), rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(found.std, exact.std(0), rtol=1e-5)
+
+
+def test_under_fifty_clips_the_training_statistics_are_used():
+    training = Statistics(0, np.zeros((1, 1), np.float32), np.ones((1, 1), np.float32))
+    few, enough = (Statistics(n, training.mean + 5, training.std * 2) for n in (49, 50))
+    assert adaptation.usable(few, training) is training
+    assert adaptation.usable(enough, training) is enough
+    assert adaptation.usable(few, training, min_clips=49) is few
+
+
+def test_by_the_training_statistics_vectors_are_the_retrievers_own(fitted):
+    rows = pooled(7)
+    batch = {"pooled": torch.from_numpy(rows).float()}
+    with torch.no_grad():
+        own = fitted.encode_speech(batch).numpy()
+    np.testing.assert_allclose(adaptation.vectors(fitted, rows, adaptation.of_training(fitted)), own, atol=1e-6)
+
+
+def test_adapted_vectors_are_those_of_a_retriever_fitted_to_the_clips(fitted):
+    rows = pooled(60, seed=3, offset=1.0)
+    (own,) = adaptation.gather([(["one"] * 60, rows)]).values()
+    before = fitted.speech_head.mean.clone()
+    adapted = adaptation.vectors(fitted, rows, own)
+    assert torch.equal(fitted.speech_head.mean, before)  # the model is as it was
+    fitted.speech_head.fit(torch.from_numpy(rows).float())
+    with torch.no_grad():
+        refitted = fitted.encode_speech({"pooled": torch.from_numpy(rows).float()}).numpy()
+    np.testing.assert_allclose(adapted, refitted, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(adapted, axis=1), 1.0, atol=1e-5)
+
+
+def test_a_shift_and_a_scale_of_the_recording_are_undone(fitted):
+    """What a room or a microphone does, were it just that: each dimension times a number, plus a number."""
+    rows = pooled(60).astype(np.float32)
+    rng = np.random.default_rng(1)
+    elsewhere = rows * rng.uniform(0.5, 2.0, (3, 32)) + rng.normal(0, 5, (3, 32))
+    of = [adaptation.gather([(["one"] * 60, part)])["one"] for part in (rows, elsewhere)]
+    here, there = (adaptation.vectors(fitted, part, own) for part, own in zip((rows, elsewhere), of, strict=True))
+    np.testing.assert_allclose(here, there, atol=1e-3)
+
+
+def test_a_retriever_that_does_not_standardise_is_refused(tiny_model):
+    with pytest.raises(adaptation.AdaptationError, match="finetune frozen"):
+        adaptation.of_training(tiny_model)
+
+
+def test_a_fusion_retriever_is_refused(tiny_config):
+    model = FusionRetriever.build(
+        FusionConfig(speech_backbone=tiny_config.speech_backbone, text_backbone=tiny_config.text_backbone, dim=16)
+    )
+    with pytest.raises(adaptation.AdaptationError, match="kind 'fusion'"):
+        adaptation.vectors(model, pooled(2), Statistics(0, np.zeros(1), np.ones(1)))
