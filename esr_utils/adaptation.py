@@ -13,6 +13,7 @@ a clip's vector then depends on the other clips (it is transductive), so it is c
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -115,6 +116,21 @@ def vectors(model: Retriever, pooled: NDArray[np.floating], statistics: Statisti
     features = torch.from_numpy(np.asarray(pooled, dtype=np.float32)).to(model.device)
     by = tuple(torch.from_numpy(values).to(model.device) for values in (statistics.mean, statistics.std))
     return model.encode_pooled(features, by).cpu().numpy()
+
+
+def adapted(model: Retriever, statistics: Statistics) -> StyleRetriever:
+    """The model with these statistics for the training's; all else is shared.
+
+    Raises:
+        AdaptationError: as `of_training`.
+    """
+    _check(model)
+    head = copy.deepcopy(model.speech_head)
+    head.mean.copy_(torch.from_numpy(statistics.mean))
+    head.std.copy_(torch.from_numpy(statistics.std))
+    twin = copy.copy(model)
+    twin._modules = {**model._modules, "speech_head": head}
+    return twin
 
 
 def _check(model: Retriever) -> None:

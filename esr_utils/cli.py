@@ -57,6 +57,7 @@ def _code(error: Exception) -> int | None:
     """The exit code of an error that is the user's to mend; None of one that is ours."""
     if isinstance(error, OSError):  # IndexWriteError is one
         return ERROR
+    from esr_utils.adaptation import AdaptationError
     from esr_utils.audio_folder import NoAudio
     from esr_utils.config import ConfigError
     from esr_utils.index_rows import IndexUnusable
@@ -64,7 +65,7 @@ def _code(error: Exception) -> int | None:
     from esr_utils.recording_labels import LabelsError
     from esr_utils.weights import WeightsError
 
-    if isinstance(error, UsageError | QueryError):
+    if isinstance(error, UsageError | QueryError | AdaptationError):
         return USAGE
     return ERROR if isinstance(error, NoAudio | LabelsError | IndexUnusable | WeightsError | ConfigError) else None
 
@@ -92,7 +93,10 @@ def _index(options: Namespace) -> int:
     except NoAudio as error:
         raise NoAudio(f"{error}. If its recordings were removed for good, --gone drops them from the index") from None
     model, level, run = _retriever(options)
-    index = Index.create(options.index, model, level=level, run=run, channels=options.channels)
+    known = ("off", "all", "file", "channel", "speaker", *found.labels.names())
+    if options.adapt and options.adapt not in known:
+        raise UsageError(f"--adapt {options.adapt}: it is off, all, or a column, here {', '.join(known[2:])}")
+    index = Index.create(options.index, model, level=level, run=run, channels=options.channels, adapt=options.adapt)
     with quiet_libraries(), Bar(shown=_watched()) as bar:
         report = recordings.refresh(index, found, bar)
     for key, reason in (report.problems | report.left_out).items():
@@ -100,8 +104,8 @@ def _index(options: Namespace) -> int:
     files = index.files()
     about = {
         "embedded": report.embedded, "moments": report.moments, "speech_s": round(report.speech_s, 3),
-        "unchanged": report.unchanged, "relabelled": report.relabelled, "removed": report.removed,
-        "problems": report.problems, "left_out": report.left_out,
+        "unchanged": report.unchanged, "relabelled": report.relabelled, "adapted": report.adapted,
+        "removed": report.removed, "problems": report.problems, "left_out": report.left_out,
         "files_in_index": len(files), "moments_in_index": int(files["moments"].sum()),
     }  # fmt: skip
     if options.json:

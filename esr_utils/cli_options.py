@@ -78,6 +78,11 @@ def parser() -> argparse.ArgumentParser:
         "in a new one)",
     )  # fmt: skip
     index.add_argument(
+        "--adapt", metavar="BY",
+        help="make vectors by the statistics of what the index holds: of 'all' of it, or of each value in a column, as "
+        "speaker; 'off': by those of the training (default: as the index does; off in a new one)",
+    )  # fmt: skip
+    index.add_argument(
         "--gone", action="store_true",
         help="a DIR that is not there, or holds no audio, was removed for good: drop its recordings from the index",
     )  # fmt: skip

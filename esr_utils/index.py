@@ -55,14 +55,24 @@ class Index(IndexWriter):
         cls,
         uri: str | Path,
         model: Retriever,
-        pooled: int = 0,
         level: Level = "normalised",
         replace: bool = False,
         run: str = "",
         channels: Channels | None = None,
+        adapt: str | None = None,
     ) -> Self:
-        """A new index for what this retriever makes, or the one that is there; as `IndexTable.create_named`."""
-        found = cls.create_named(uri, model_id(model), model.config.dim, pooled, level, replace, run, channels)
+        """A new index for what this retriever makes, or the one that is there; as `IndexTable.create_named`.
+
+        Raises:
+            adaptation.AdaptationError: it is to adapt (see `index_adaptation`), and the retriever cannot.
+        """
+        pooled = 0
+        if adapt not in (None, "off"):
+            from esr_utils import adaptation
+
+            pooled = adaptation.of_training(model).mean.size
+        about = (level, replace, run, channels, adapt, pooled)
+        found = cls.create_named(uri, model_id(model), model.config.dim, *about)
         found.model = model
         return found
 
@@ -81,9 +91,9 @@ class Index(IndexWriter):
         """Makes the approximate index that a search past EXACT_LIMIT uses, of all moments there are now.
 
         Moments that are added later are found all the same, by a scan; when they are many, build it again. It is IVF
-        with four bits a dimension (RaBitQ). One bit finds less, above all by sentences, which lie far from speech, though
-        more vectors are read; a byte is slower; LanceDB's product quantisation and its graph (HNSW) find less of a
-        million clustered vectors, and take longer to build.
+        with four bits a dimension (RaBitQ). One bit finds less, above all by sentences, which lie far from speech,
+        though more vectors are read; a byte is slower; LanceDB's product quantisation and its graph (HNSW) find less
+        of a million clustered vectors, and take longer to build.
 
         Raises:
             QueryError: there are under 256 moments.
@@ -93,7 +103,7 @@ class Index(IndexWriter):
         if (n := self._current().n_moments) < 256:
             raise QueryError(f"{n} moments need no approximate index; 256 are the least that one can be trained on")
         config = IvfRq("dot", num_partitions=round(n**0.5), num_bits=4, sample_rate=64, max_iterations=20)
-        self._commit(lambda: self.table.create_index("vector", config=config, replace=True))
+        self.commit(lambda: self.table.create_index("vector", config=config, replace=True))
 
     def recall(self, k: int = 10, queries: NDArray[np.float32] | None = None) -> float:
         """Share of the exact k best that the approximate index finds, averaged over queries.
@@ -182,10 +192,19 @@ class Index(IndexWriter):
         """
         own = self._own(str(example))
         if own is None:
-            vector = of_file(Path(example), self.model, self.about["level"])
+            vector = of_file(Path(example), self._adapted(), self.about["level"])
             return self.search(vector, k, min_score, **options)
         row, vector = own
         return self._nearest(unit(vector), k, min_score, without=row, **options)
+
+    def _adapted(self) -> Retriever | None:
+        """The model, by the statistics of this index where it adapts."""
+        if self.about["adapt"] == "off" or self.model is None:
+            return self.model
+        from esr_utils import adaptation, index_adaptation
+
+        own = index_adaptation.statistics(self, self.model)
+        return adaptation.adapted(self.model, own) if own else self.model
 
     def _own(self, example: str) -> tuple[int, NDArray[np.float32]] | None:
         """Row id and vector of the moment that has this id, or is all of this file."""

@@ -1,7 +1,7 @@
 """Rows of a search index: what is given of a file, and the two kinds of row that the table makes of it.
 
-moment  id, file, version, written (0), model, start_s, end_s, channel, speaker, vector, pooled, and any column of
-        its manifest
+moment  id, file, version, written (0), model, start_s, end_s, channel, speaker, vector, pooled, adapted, and any
+        column of its manifest
 entry   id, file, version, written (when), file_size, file_mtime_ns, file_sha256, file_moments, file_problem
 """
 
@@ -12,7 +12,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -23,7 +23,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 ENTRY = ("written", "file_size", "file_mtime_ns", "file_sha256", "file_moments", "file_problem")
-RESERVED = ("id", "file", "version", "model", "vector", "pooled", "rank", "score", "percentile", *ENTRY)
+RESERVED = ("id", "file", "version", "model", "vector", "pooled", "adapted", "rank", "score", "percentile", *ENTRY)
 
 # The problem of a file of which only the moments up to some place are there, since it is still being embedded, or that
 # was interrupted; a refresh goes on with it.
@@ -81,6 +81,7 @@ class Embedded:
         pooled: (n, p) what the vectors were projected from, kept as fp16, or None in an index that keeps none.
         problem: why there are no moments, or not those of the whole file, where it could not be used; UNFINISHED where
             the rest is still to come.
+        adapted: n ids of the statistics that the vectors were made by (`index_adaptation`); None: the training's.
     """
 
     file: File
@@ -88,6 +89,7 @@ class Embedded:
     vectors: NDArray
     pooled: NDArray | None = None
     problem: str = ""
+    adapted: Sequence[str] | None = None
 
 
 def moment_id(file: str, channel: int | None, start_s: float | None, end_s: float | None) -> str:
@@ -136,7 +138,7 @@ def schema(about: dict[str, Any], metadata: dict[bytes, str]) -> pa.Schema:
         "file_moments": whole, "file_problem": text, "vector": pa.list_(pa.float16(), about["dim"]),
     }  # fmt: skip
     if about["pooled"]:
-        kinds["pooled"] = pa.list_(pa.float16(), about["pooled"])
+        kinds |= {"pooled": pa.list_(pa.float16(), about["pooled"]), "adapted": text}
     return pa.schema(list(kinds.items()), metadata=metadata)
 
 
@@ -171,6 +173,7 @@ def to_table(one: Embedded, schema: pa.Schema, about: dict[str, Any], written: i
     arrays["vector"] = _matrix(one, "vector", one.vectors, about["dim"], unit=True)
     if about["pooled"]:
         arrays["pooled"] = _matrix(one, "pooled", one.pooled, about["pooled"])
+        arrays["adapted"] = [""] * n if one.adapted is None else list(one.adapted)
     columns = []
     for column in schema:
         values = arrays.get(column.name, one.moments.get(column.name))

@@ -44,8 +44,8 @@ class IndexTable:
 
     Attributes:
         uri: a folder, or any address that LanceDB takes (s3://, gs://, az://, memory://).
-        about: format, model, dim, pooled (0: none are kept), level, channels; run, where the model was when the index
-            was made.
+        about: format, model, dim, pooled (0: none are kept), level, channels, adapt; run, where the model was when the
+            index was made.
     """
 
     def __init__(self, uri: str, table: lancedb.table.Table) -> None:
@@ -61,35 +61,39 @@ class IndexTable:
         uri: str | Path,
         model: str,
         dim: int,
-        pooled: int = 0,
         level: str = "normalised",
         replace: bool = False,
         run: str = "",
         channels: str | None = None,
+        adapt: str | None = None,
+        pooled: int = 0,
     ) -> Self:
         """A new, empty table, or the one that is there, if it was made with the same. Several processes may ask for it.
 
         Args:
             model: what makes the vectors; an index is opened for this model only.
             dim: d of the vectors.
-            pooled: p of the features kept beside them; 0 keeps none.
             level: how clips are levelled before they are embedded.
             replace: whether an index that is there already is given up.
             run: the folder of the run that holds the model, for who opens the index; not compared with what is there.
             channels: how recordings of several are heard, `mix` or `split`; None is as in the index that is there, and
                 `mix` in a new one.
+            adapt: by what the vectors adapt (see `index_adaptation`): `all`, a column, or `off`; None is as in the
+                index that is there, and `off` in a new one.
+            pooled: p of the features kept beside the vectors of a new index; 0 keeps none.
 
         Raises:
             IndexUnusable: the one that is there was made with something else; both are named.
             IndexWriteError: it cannot be written.
         """
-        about = {"format": FORMAT, "model": model, "dim": dim, "pooled": pooled, "level": level}
-        about |= {"channels": channels} if channels else {}
-        metadata = {_KEY: json.dumps({"channels": "mix"} | about | {"run": run})}
+        about = {"format": FORMAT, "model": model, "dim": dim, "level": level}
+        about |= {name: value for name, value in (("channels", channels), ("adapt", adapt)) if value}
+        new = {"channels": "mix", "adapt": "off"} | about | {"run": run, "pooled": pooled}
+        metadata = {_KEY: json.dumps(new)}
         mode = "overwrite" if replace else "create"
         try:
             with _alone(uri):
-                table = _connect(uri).create_table(TABLE, schema=schema(about, metadata), mode=mode)
+                table = connect(uri).create_table(TABLE, schema=schema(new, metadata), mode=mode)
         except ValueError as error:
             if "already exists" not in str(error):
                 raise
@@ -112,7 +116,7 @@ class IndexTable:
         if "://" not in str(uri) and not Path(uri).is_dir():  # connecting would make the folder
             raise IndexUnusable(missing)
         try:
-            table = _connect(uri).open_table(TABLE)
+            table = connect(uri).open_table(TABLE)
         except ValueError as error:
             if "not found" not in str(error):
                 raise IndexUnusable(f"{uri} cannot be read as an index: {first_line(error)}") from None
@@ -142,7 +146,7 @@ class IndexTable:
 
     def columns(self) -> dict[str, pa.DataType]:
         """Columns of a moment that can be filtered and shown, with their types."""
-        hidden = {"model", "vector", "pooled", "version", *ENTRY}  # model is the same in all: `about` has it
+        hidden = {"model", "vector", "pooled", "adapted", "version", *ENTRY}  # model is the same in all: `about` has it
         return {field.name: field.type for field in self.table.schema if field.name not in hidden}
 
     def entries(self) -> tuple[pd.DataFrame, list[int], list[str]]:
@@ -212,7 +216,7 @@ def matrix(vectors: pa.FixedSizeListArray | pa.ChunkedArray, dim: int) -> NDArra
     return vectors.flatten().to_numpy(zero_copy_only=False).reshape(-1, dim)
 
 
-def _connect(uri: str | Path) -> lancedb.db.DBConnection:
+def connect(uri: str | Path) -> lancedb.db.DBConnection:
     os.environ.setdefault("LANCEDB_LOG", "error")  # read once, by the import: its warnings are of how it works inside
     import lancedb  # when asked for: it takes as long to import as all else here
 

@@ -134,17 +134,17 @@ class IndexWriter(IndexTable):
             IndexWriteError: they could not be written; none of them was.
         """
         self._add_columns([embedded.moments for embedded in files])
-        now, columns = self._now(), self.table.schema
+        now, columns = self.now(), self.table.schema
         parts = [to_table(one, columns, self.about, now + i) for i, one in enumerate(files)]
         self._latest = now + len(files)
-        self._commit(lambda: self.table.add(pa.concat_tables(parts)))
+        self.commit(lambda: self.table.add(pa.concat_tables(parts)))
 
     def touch(self, files: Sequence[File]) -> None:
         """Notes a new size and time of files whose content is what it was; their moments stay."""
         known, _, _ = self.entries() if files else (pd.DataFrame(), [], [])
-        rows = [entry(one, known.loc[one.key].to_dict(), self._now()) for one in files if one.key in known.index]
+        rows = [entry(one, known.loc[one.key].to_dict(), self.now()) for one in files if one.key in known.index]
         if rows:
-            self._commit(lambda: self.table.add(pa.Table.from_pylist(rows, schema=self.table.schema)))
+            self.commit(lambda: self.table.add(pa.Table.from_pylist(rows, schema=self.table.schema)))
 
     def delete_files(self, keys: Iterable[str]) -> int:
         """Deletes files with all that is there of them, and returns how many there were."""
@@ -163,16 +163,16 @@ class IndexWriter(IndexTable):
         self._delete("version", dead)
         self._delete("id", stale)
         if self.table.stats()["fragment_stats"]["num_small_fragments"] > _SMALL_FRAGMENTS:
-            self._commit(self.table.optimize)
+            self.commit(self.table.optimize)
 
     def _delete(self, column: str, values: list) -> None:
         from lancedb.expr import col, lit
 
         for start in range(0, len(values), 1000):
             some = [lit(value) for value in values[start : start + 1000]]
-            self._commit(lambda some=some: self.table.delete(col(column).isin(some)))
+            self.commit(lambda some=some: self.table.delete(col(column).isin(some)))
 
-    def _commit(self, call: Callable[[], Result]) -> Result:
+    def commit(self, call: Callable[[], Result]) -> Result:
         """Runs a writing; one that met another process's is tried again on what that one left."""
         for attempt in range(_TRIES):
             try:
@@ -187,7 +187,7 @@ class IndexWriter(IndexTable):
                 self.reload()
         raise AssertionError("unreachable")
 
-    def _now(self) -> int:
+    def now(self) -> int:
         """A time that is later than every writing seen here, also where the clocks of two machines differ."""
         if not self._latest:
             self.entries()
@@ -207,7 +207,7 @@ class IndexWriter(IndexTable):
                     )
                 field = pa.field(name, column_type(frame[name]))
                 try:
-                    self._commit(lambda field=field: self.table.add_columns([field]))
+                    self.commit(lambda field=field: self.table.add_columns([field]))
                 except IndexWriteError as error:
                     if "already exists" not in str(error):  # else another process was faster
                         raise

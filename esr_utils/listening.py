@@ -43,6 +43,7 @@ class Report:
     Attributes:
         embedded, unchanged, removed: files.
         relabelled: those of the unchanged of which a labels.csv says something else than before.
+        adapted: files whose vectors were made anew by the index's own statistics (see `index_adaptation`).
         moments: of those embedded.
         speech_s: seconds that these moments last together.
         problems: key and reason of files that could not be used, or not whole; of those embedded or looked at now.
@@ -54,6 +55,7 @@ class Report:
     unchanged: int = 0
     removed: int = 0
     relabelled: int = 0
+    adapted: int = 0
     moments: int = 0
     speech_s: float = 0.0
     problems: dict[str, str] = field(default_factory=dict)

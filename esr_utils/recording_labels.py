@@ -82,6 +82,10 @@ class Labels:
                 Row(limits[0] or 0.0, math.inf if limits[1] is None else limits[1], channel, values)
             )
 
+    def names(self) -> list[str]:
+        """Columns that are named in a labels.csv."""
+        return list(dict.fromkeys(name for rows in self.rows.values() for row in rows for name in row.values))
+
     def for_index(self, index: Index) -> Columns:
         """With values of the types of this index's columns; what it has not is of numbers if all values are.
 
@@ -160,9 +164,12 @@ class Columns:
             about, rows = known.loc[key], part["_rowid"]
             kept = [name for name in index.columns() if name not in ("file", *wanted)]
             table = pd.concat([index.take(rows, kept), wanted.reset_index(drop=True)], axis=1)
-            pooled = np.stack(index.take(rows, ["pooled"])["pooled"]) if index.about["pooled"] else None
+            pooled, adapted = None, None
+            if index.about["pooled"]:
+                kept = index.take(rows, ["pooled", "adapted"])
+                pooled, adapted = np.stack(kept["pooled"]), kept["adapted"].tolist()
             file = File(key, files[key], int(about["size"]), int(about["mtime_ns"]), about["sha256"])
-            yield Embedded(file, table, index.vectors(rows), pooled, about["problem"])
+            yield Embedded(file, table, index.vectors(rows), pooled, about["problem"], adapted)
 
 
 def _same(there: pd.Series | None, wanted: pd.Series) -> bool:

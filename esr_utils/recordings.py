@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from esr_utils import retriever, runs
+from esr_utils import adaptation, index_adaptation, retriever, runs
 from esr_utils.audio_folder import absolute_key, find_audio
 from esr_utils.config import Level
 from esr_utils.index import Index
@@ -146,6 +146,7 @@ def refresh_by(embed: Callable[[Changes, Report], Iterable[Embedded]], index: In
             yield replace(one, moments=pd.concat([one.moments, labels.of(one.file.key, one.moments)], axis=1))
 
     index.apply(changes, embedded)
+    report.adapted = index_adaptation.adapt(index, index.model, again=report.relabelled > 0)
     report.left_out |= found.left_out | dict(changes.unreadable)
     return report
 
@@ -167,7 +168,11 @@ def _known(index: Index) -> Callable[[File], dict[Place, Made]]:
         there = index.of_version(version, ["start_s", "end_s", "channel", "vector", *kept])
         places = zip(*(there[name].to_pylist() for name in ("start_s", "end_s", "channel")), strict=True)
         vectors = matrix(there["vector"], about["dim"])
-        pooled = matrix(there["pooled"], about["pooled"]) if kept else np.zeros((len(vectors), 0), np.float16)
+        pooled = np.zeros((len(vectors), 0), np.float16)
+        if kept:  # the vectors may be by the index's own statistics
+            pooled = matrix(there["pooled"], about["pooled"])
+            training = adaptation.of_training(index.model)
+            vectors = adaptation.vectors(index.model, pooled.reshape(-1, *training.mean.shape), training)
         return dict(zip(places, zip(vectors, pooled, strict=True), strict=True))
 
     return known

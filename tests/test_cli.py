@@ -145,6 +145,16 @@ def test_channels_stay_as_the_index_was_made(esr, own, folder, tmp_path):
     assert "channels:            split" in esr("stats", "--index", own)[1]
 
 
+def test_what_an_index_adapts_by_must_be_known_and_possible(esr, own, folder, tiny_run, tmp_path):
+    new = tmp_path / "new.index"
+    code, _, err = esr("index", folder, "--index", new, "--run", tiny_run, "--adapt", "anna")
+    assert code == USAGE and "--adapt anna: it is off, all, or a column, here file, channel, speaker" in err
+    code, _, err = esr("index", folder, "--index", new, "--run", tiny_run, "--adapt", "all")
+    assert code == USAGE and "takes its features as they are" in err and not new.exists()
+    code, _, err = esr("index", folder, "--index", own, "--run", tiny_run, "--adapt", "off")
+    assert code == OK
+
+
 def test_another_model_s_index_is_refused_with_both_names(esr, own, folder, tiny_model, tmp_path):
     before = contents(own)
     tiny_model.text_head.weight.data += 1

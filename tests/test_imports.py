@@ -28,7 +28,8 @@ LAYERS = {
         "objective", "checkpoints", "fitting", "training", "evaluation", "comparison", "ablations", "spaces", "index",
         "generation", "mining", "plots", "fusion_objective", "fusion_training", "fusion_systems", "protocols",
         "fusion_evaluation", "fusion_tables", "fusion_limits", "leakage",
-        "fusion_folds", "recordings", "recording_labels", "query_vectors", "listening", "scale", "scale_workers",
+        "fusion_folds", "recordings", "recording_labels", "query_vectors", "listening", "index_adaptation",
+        "scale", "scale_workers",
     ),
     "command": ("cli",),
 }  # fmt: skip
@@ -120,7 +121,10 @@ def test_there_is_no_circle():
         ({"matplotlib", "seaborn"}, {"plots"}),
         ({"accelerate"}, {"fitting", "objective"}),
         ({"ray"}, {"scale"}),
-        ({"lancedb", "pyarrow"}, {"index", "index_rows", "index_table", "index_writing", "index_snapshot"}),
+        (
+            {"lancedb", "pyarrow"},
+            {"index", "index_rows", "index_table", "index_writing", "index_snapshot", "index_adaptation"},
+        ),
     ],
 )
 def test_few_modules_know_a_library(libraries, allowed):

@@ -1,0 +1,218 @@
+"""An index whose vectors are made by the statistics of what it holds, not by the training's (`adaptation`).
+
+A refresh writes new moments by the training's statistics, and then `adapt` brings all to the index's own: of all its
+moments, or of those with one value in a column, such as a speaker's. They lie in a table beside the moments, whose rows
+written last are the ones that hold. Each moment names those that its vector was made by, so that what is interrupted is
+seen and completed. Vectors are made anew, from the pooled features kept beside them, only where statistics have moved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from esr_utils import adaptation
+from esr_utils.adaptation import Statistics
+from esr_utils.index_rows import Embedded, File
+from esr_utils.index_snapshot import Snapshot
+from esr_utils.index_table import IndexTable, connect, matrix
+from esr_utils.index_writing import IndexWriter
+from esr_utils.retriever import StyleRetriever
+
+if TYPE_CHECKING:
+    from lancedb.expr import Expr
+
+TABLE = "statistics"
+OFF, ALL = "off", "all"  # of `adapt`, which else is a column
+MOVED = 0.05  # of the training's deviations, on average: less is no reason to make vectors anew
+_WHOLE = ""  # the group of all moments; those without a value in the column use it too
+_VERSIONS = 200  # files whose vectors are made anew together
+
+
+@dataclass(frozen=True)
+class Book:
+    """The statistics that hold in an index.
+
+    Attributes:
+        held: what the index held when they were taken.
+        groups: id and statistics of each group that has its own.
+    """
+
+    held: str
+    groups: Mapping[str, tuple[str, Statistics]]
+
+    def of(self, group: str) -> tuple[str, Statistics | None]:
+        """Id and statistics for a group: its own, else those of all, else "" and None for the training's."""
+        return self.groups.get(group) or self.groups.get(_WHOLE) or ("", None)
+
+
+def adapt(index: IndexWriter, model: StyleRetriever, again: bool = False) -> int:
+    """Makes anew what was not made by the statistics that hold now; returns of how many files.
+
+    Args:
+        index: one that does not adapt is left as it is.
+        model: that made it.
+        again: whether statistics are taken though the files are the same: as when their columns are not.
+
+    Raises:
+        IndexUnusable, IndexWriteError: as `Index.add`.
+    """
+    if index.about["adapt"] == OFF:
+        return 0
+    index.reload()
+    entries, _, _ = index.entries()
+    told, held = read(index, model), _held(entries)
+    if told.held != held or again:
+        told = _Statistics(index, model).taken(told, held)
+        _write(index, told)
+    stale = _stale(index, told)
+    if stale:
+        index.add(_remade(index, model, told, entries, stale))
+    return len(stale)
+
+
+def statistics(index: IndexTable, model: StyleRetriever) -> Statistics | None:
+    """Those of all moments of an index, for what is compared with them; None: the training's."""
+    return None if index.about["adapt"] == OFF else read(index, model).of(_WHOLE)[1]
+
+
+def read(index: IndexTable, model: StyleRetriever) -> Book:
+    """The statistics that hold, as they were written last."""
+    from lancedb.expr import col, lit
+
+    try:
+        table = connect(index.uri).open_table(TABLE)
+    except ValueError:  # there is none yet
+        return Book("", {})
+    written = table.search().select(["written"]).to_arrow()["written"]
+    rows = table.search().where(col("written") == lit(pc.max(written).as_py())).to_arrow()
+    shape = model.speech_head.mean.shape
+    mean, std = (np.stack(rows[name].to_numpy()).reshape(-1, *shape) for name in ("mean", "std"))
+    about = rows.select(["group", "id", "held", "count"]).to_pylist()
+    found = {
+        row["group"]: (row["id"], Statistics(row["count"], *values))
+        for row, *values in zip(about, mean, std, strict=True)
+        if row["id"]
+    }
+    return Book(about[0]["held"], found)
+
+
+def _write(index: IndexWriter, book: Book) -> None:
+    """Appends what holds from now on, in one commit, and then lets go what held before."""
+    from lancedb.expr import col, lit
+
+    database, p, number = connect(index.uri), index.about["pooled"], pa.list_(pa.float32(), index.about["pooled"])
+    names = {"group": pa.string(), "id": pa.string(), "held": pa.string(), "written": pa.int64(), "count": pa.int64()}
+    schema = pa.schema([*names.items(), ("mean", number), ("std", number)])
+    nothing = Statistics(0, np.zeros(p, np.float32), np.ones(p, np.float32))
+    groups = {_WHOLE: ("", nothing)} | dict(book.groups)  # a row at least, which says what was held
+    now = index.now()
+    rows = [
+        {"group": group, "id": name, "held": book.held, "written": now, "count": found.count,
+         "mean": found.mean.ravel(), "std": found.std.ravel()}
+        for group, (name, found) in groups.items()
+    ]  # fmt: skip
+    table = database.create_table(TABLE, schema=schema, exist_ok=True)
+    index.commit(lambda: table.add(pa.Table.from_pylist(rows, schema=schema)))
+    index.commit(lambda: table.delete(col("written") < lit(now)))
+
+
+def _held(entries: pd.DataFrame) -> str:
+    """A name of what the files of an index are, which does not change when vectors are made anew."""
+    files = sorted(zip(entries.index, entries["file_sha256"], entries["file_moments"].tolist(), strict=True))
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+
+class _Statistics:
+    """Takes statistics of an index, group by group."""
+
+    def __init__(self, index: IndexTable, model: StyleRetriever) -> None:
+        self.index, self.training = index, adaptation.of_training(model)
+
+    def taken(self, before: Book, held: str) -> Book:
+        """What holds now: of before what has not moved, and none of groups with too few moments."""
+        found = {}
+        for group, own in adaptation.gather(self._parts()).items():
+            if adaptation.usable(own, self.training) is not own:
+                continue
+            known = before.groups.get(group)
+            found[group] = known if known and not self._moved(known[1], own) else (secrets.token_hex(8), own)
+        return Book(held, found)
+
+    def _moved(self, before: Statistics, now: Statistics) -> bool:
+        mean = (now.mean - before.mean) / self.training.std
+        return float(np.sqrt((mean**2 + np.log(now.std / before.std) ** 2).mean())) > MOVED
+
+    def _parts(self) -> Iterator[tuple[list[str], np.ndarray]]:
+        """Groups and pooled features of all moments; each belongs to the whole too."""
+        shape = self.training.mean.shape
+        columns = _group_column(self.index)
+        for batch in self.index.batches(["pooled", *columns], Snapshot(self.index).alive()):
+            pooled = matrix(batch["pooled"], self.index.about["pooled"]).reshape(-1, *shape)
+            yield [_WHOLE] * len(pooled), pooled
+            groups = np.array(_groups(batch, columns), dtype=object)
+            if (own := groups != _WHOLE).any():
+                yield groups[own].tolist(), pooled[own]
+
+
+def _group_column(index: IndexTable) -> list[str]:
+    """The column that tells groups apart, if the index has it."""
+    return [name for name in index.columns() if name == index.about["adapt"]]
+
+
+def _groups(batch: pa.RecordBatch | pa.Table, columns: list[str]) -> list[str]:
+    """The group of each row."""
+    if not columns:
+        return [_WHOLE] * batch.num_rows
+    return ["" if value is None else str(value) for value in batch[columns[0]].to_pylist()]
+
+
+def _stale(index: IndexTable, book: Book) -> list[int]:
+    """Versions of the files of which a moment was made by other statistics than it should be."""
+    found, columns = set(), _group_column(index)
+    for batch in index.batches(["version", "adapted", *columns], Snapshot(index).alive()):
+        rows = zip(batch["version"].to_pylist(), batch["adapted"].to_pylist(), _groups(batch, columns), strict=True)
+        found.update(version for version, made_by, group in rows if made_by != book.of(group)[0])
+    return sorted(found)
+
+
+def _remade(
+    index: IndexTable, model: StyleRetriever, book: Book, entries: pd.DataFrame, versions: list[int]
+) -> Iterator[Embedded]:
+    """Files with vectors by the statistics that hold."""
+    from lancedb.expr import col, lit
+
+    known = entries.reset_index().set_index("version")
+    names = ["version", "pooled", *(name for name in index.columns() if name != "file")]
+    for start in range(0, len(versions), _VERSIONS):
+        some = versions[start : start + _VERSIONS]
+        of_some: Expr = (col("written") == lit(0)) & col("version").isin([lit(version) for version in some])
+        rows = pa.Table.from_batches(list(index.batches(names, of_some)))
+        places = pd.Series(rows["version"].to_pylist()).groupby(rows["version"].to_pylist()).indices
+        for version, place in places.items():
+            yield _one(index, model, book, known.loc[version], rows.take(pa.array(place)))
+
+
+def _one(index: IndexTable, model: StyleRetriever, book: Book, about: Mapping[str, Any], rows: pa.Table) -> Embedded:
+    pooled = matrix(rows["pooled"], index.about["pooled"])
+    features = pooled.reshape(-1, *model.speech_head.mean.shape)
+    groups = np.array(_groups(rows, _group_column(index)), dtype=object)
+    vectors, made_by = np.zeros((len(groups), index.about["dim"]), np.float32), groups.copy()
+    for group in set(groups):
+        made_by[groups == group], own = book.of(group)
+        own = own or adaptation.of_training(model)
+        vectors[groups == group] = adaptation.vectors(model, features[groups == group], own)
+    size, mtime_ns = int(about["file_size"]), int(about["file_mtime_ns"])
+    file = File(about["file"], Path(about["file"]), size, mtime_ns, about["file_sha256"])
+    moments = rows.drop_columns(["version", "pooled", "_rowid"]).to_pandas()
+    return Embedded(file, moments, vectors, pooled, about["file_problem"], made_by.tolist())

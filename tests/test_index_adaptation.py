@@ -1,0 +1,208 @@
+"""Indexes that adapt: vectors against those computed at once, few moments, interruptions, what is left alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+import torch
+
+from esr_utils import adaptation, index_adaptation, recordings
+from esr_utils.adaptation import AdaptationError, Statistics
+from esr_utils.config import SAMPLE_RATE
+from esr_utils.index import Index
+from esr_utils.index_rows import Embedded, File, IndexUnusable
+
+N = 30  # moments in a file
+
+
+@pytest.fixture
+def model(tiny_model):
+    tiny_model.speech_head.fit(torch.from_numpy(features(300, 99)))
+    return tiny_model
+
+
+def features(n: int, seed: int, offset: float = 0.0) -> np.ndarray:
+    """(n, L, P) float32 that fp16 has exactly, of tiny_model's shape."""
+    return np.random.default_rng(seed).normal(offset, 2.0, (n, 3, 32)).astype(np.float16).astype(np.float32)
+
+
+def embedded(model, key: str, seed: int, offset: float = 0.0, speaker: str | None = None, n: int = N) -> Embedded:
+    pooled = features(n, seed, offset)
+    moments = pd.DataFrame({"start_s": np.arange(n) * 1.0, "end_s": np.arange(n) + 1.0, "speaker": speaker})
+    vectors = adaptation.vectors(model, pooled, adaptation.of_training(model))
+    file = File(key, None, 1, 1, f"sha {seed} {offset}")
+    return Embedded(file, moments, vectors, pooled.reshape(n, -1))
+
+
+def fill(index, model, **files) -> None:
+    index.add(embedded(model, name, *values) for name, values in files.items())
+    index_adaptation.adapt(index, model)
+
+
+def vectors(index) -> pd.DataFrame:
+    """Vectors and features by file and start."""
+    index.reload()
+    _, dead, _ = index.entries()
+    table = (
+        index.table.search()
+        .select(["file", "start_s", "vector", "pooled", "adapted", "version", "written"])
+        .to_pandas()
+    )
+    table = table[(table["written"] == 0) & ~table["version"].isin(dead)]
+    return table.sort_values(["file", "start_s"]).set_index("file")
+
+
+def check(index, model, statistics: dict[str, Statistics], **files) -> None:
+    """Every file's vectors are those that these statistics make of its features."""
+    there = vectors(index)
+    assert sorted(there.index.unique()) == sorted(files)
+    for name, values in files.items():
+        expected = adaptation.vectors(model, features(N, *values[:2]), statistics[name])
+        found = np.stack(there.loc[name, "vector"]).astype(np.float32)
+        assert len(found) == N  # none lost, none doubled
+        np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+def of(*parts: tuple) -> Statistics:
+    """What numpy makes of the features of some files at once."""
+    rows = np.concatenate([features(N, *part[:2]) for part in parts]).astype(np.float64)
+    return Statistics(len(rows), rows.mean(0).astype(np.float32), rows.std(0).astype(np.float32))
+
+
+FILES = {"a": (1, 3.0, "anna"), "b": (2, 3.0, "anna"), "c": (3, -5.0, "ben"), "d": (4, -5.0, "ben"), "e": (5, 0.0)}
+
+
+def test_all_vectors_are_by_the_statistics_of_the_whole(model, tmp_path):
+    index = Index.create(tmp_path / "index", model, adapt="all")
+    fill(index, model, **FILES)
+    check(index, model, dict.fromkeys(FILES, of(*FILES.values())), **FILES)
+
+
+def test_by_speaker_and_by_the_whole_where_nobody_is_named_or_too_little_was_said(model, tmp_path):
+    index = Index.create(tmp_path / "index", model, adapt="speaker")
+    files = FILES | {"f": (6, 1.0, "carl")}  # 30 moments: under 50
+    fill(index, model, **files)
+    anna, ben, whole = of(FILES["a"], FILES["b"]), of(FILES["c"], FILES["d"]), of(*files.values())
+    check(index, model, {"a": anna, "b": anna, "c": ben, "d": ben, "e": whole, "f": whole}, **files)
+
+
+def test_a_small_index_has_the_trainings(model, tmp_path):
+    index = Index.create(tmp_path / "index", model, adapt="all")
+    fill(index, model, a=FILES["a"])
+    check(index, model, {"a": adaptation.of_training(model)}, a=FILES["a"])
+    assert index_adaptation.statistics(index, model) is None
+    assert set(vectors(index)["adapted"]) == {""}
+
+
+def test_more_files_move_the_statistics_and_removed_ones_too(model, tmp_path):
+    index = Index.create(tmp_path / "index", model, adapt="all")
+    two = {name: FILES[name] for name in "ab"}
+    fill(index, model, **two)
+    check(index, model, dict.fromkeys(two, of(*two.values())), **two)
+    fill(index, model, **{name: FILES[name] for name in "cde"})
+    check(index, model, dict.fromkeys(FILES, of(*FILES.values())), **FILES)
+    index.delete_files("cde")
+    index_adaptation.adapt(index, model)
+    check(index, model, dict.fromkeys(two, of(*two.values())), **two)
+
+
+def test_what_has_not_moved_is_left_alone(model, tmp_path):
+    index = Index.create(tmp_path / "index", model, adapt="all")
+    fill(index, model, **FILES)
+    version = index.reload()
+    assert index_adaptation.adapt(index, model) == 0 and index.reload() == version  # nothing is even read
+    assert index_adaptation.adapt(index, model, again=True) == 0
+    before = index_adaptation.statistics(index, model)
+    small = embedded(model, "z", 7, n=1)
+    index.add([small])
+    assert index_adaptation.adapt(index, model) == 1  # the new one alone
+    assert index_adaptation.statistics(index, model).count == before.count
+
+
+def test_interrupted_it_is_completed_and_nothing_is_lost(model, tmp_path, monkeypatch):
+    index = Index.create(tmp_path / "index", model, adapt="all")
+    monkeypatch.setattr(index_adaptation, "_VERSIONS", 1)
+    monkeypatch.setattr("esr_utils.index_writing._COMMIT_ROWS", 1)
+    made, made_again = index_adaptation._one, []
+
+    def failing(*arguments):
+        made_again.append(arguments)
+        if len(made_again) == 3:
+            raise KeyboardInterrupt
+        return made(*arguments)
+
+    monkeypatch.setattr(index_adaptation, "_one", failing)
+    with pytest.raises(KeyboardInterrupt):
+        fill(index, model, **FILES)
+    assert vectors(index)["adapted"].nunique() == 2
+    assert index_adaptation.adapt(index, model) == 3  # of five
+    check(index, model, dict.fromkeys(FILES, of(*FILES.values())), **FILES)
+
+
+def test_an_index_that_does_not_adapt_keeps_no_features(model, tmp_path):
+    index = Index.create(tmp_path / "index", model)
+    assert index.about["adapt"] == "off" and "pooled" not in index.table.schema.names
+    assert index_adaptation.adapt(index, model) == 0
+
+
+def test_how_it_adapts_is_fixed(model, tmp_path):
+    Index.create(tmp_path / "index", model, adapt="speaker")
+    assert Index.create(tmp_path / "index", model).about["adapt"] == "speaker"
+    with pytest.raises(IndexUnusable, match="'speaker', not 'all'"):
+        Index.create(tmp_path / "index", model, adapt="all")
+
+
+def test_a_retriever_that_does_not_standardise_is_refused(tiny_model, tmp_path):
+    with pytest.raises(AdaptationError):
+        Index.create(tmp_path / "index", tiny_model, adapt="all")
+
+
+# With recordings --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(speech, tmp_path):
+    (tmp_path / "speech").mkdir()
+    for i, part in enumerate(np.array_split(speech, 2)):
+        soundfile.write(tmp_path / "speech" / f"{i}.wav", part, SAMPLE_RATE)
+    (tmp_path / "speech" / "labels.csv").write_text("path,speaker\n0.wav,anna\n1.wav,ben\n")
+    return tmp_path / "speech"
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Three moments are enough."""
+    usable = adaptation.usable
+    monkeypatch.setattr(adaptation, "usable", lambda own, training: usable(own, training, 3))
+
+
+def test_recordings_adapt_and_an_example_is_heard_as_they_are(model, folder, tmp_path, few):
+    plain, index = Index.create(tmp_path / "plain", model), Index.create(tmp_path / "index", model, adapt="all")
+    for one in (plain, index):
+        report = recordings.refresh(one, recordings.find(folder))
+    assert report.adapted == 2
+    there = vectors(index)
+    pooled = np.stack(there["pooled"]).reshape(-1, *model.speech_head.mean.shape)
+    expected = adaptation.vectors(model, pooled, adaptation.gather([([""] * len(pooled), pooled)])[""])
+    np.testing.assert_allclose(np.stack(there["vector"]).astype(np.float32), expected, atol=2e-3)
+    hits = index.search("an angry voice", k=1)
+    example = tmp_path / "example.wav"
+    samples, rate = soundfile.read(folder / f"{hits['file'][0][-5]}.wav", dtype="float32")
+    start, end = (round(float(hits[name][0]) * rate) for name in ("start_s", "end_s"))
+    soundfile.write(example, samples[start:end], rate, subtype="FLOAT")
+    found = index.search_like(example, k=1)
+    assert found["id"][0] == hits["id"][0] and found["score"][0] > 0.999
+    assert plain.search_like(example, k=1)["score"][0] > 0.999
+
+
+def test_other_speakers_other_statistics(model, folder, tmp_path, few):
+    index = Index.create(tmp_path / "index", model, adapt="speaker")
+    recordings.refresh(index, recordings.find(folder))
+    made_by = vectors(index).groupby("file")["adapted"].unique()
+    assert [len(one) for one in made_by] == [1, 1] and made_by.iloc[0][0] != made_by.iloc[1][0]
+    (folder / "labels.csv").write_text("path,speaker\n0.wav,anna\n1.wav,anna\n")
+    report = recordings.refresh(index, recordings.find(folder))
+    assert report.relabelled == 1 and vectors(index)["adapted"].nunique() == 1
+    assert recordings.refresh(index, recordings.find(folder)).adapted == 0
