@@ -70,7 +70,7 @@ def test_an_index_that_is_there_is_not_overwritten_unless_asked(table):
     table.add([made("a.wav", 3)])
     for other, message in (
         ({"model": "model two"}, "model 'model one', not 'model two'"),
-        ({"pooled": 4}, "pooled 0, not 4"),
+        ({"adapt": "all", "pooled": 4}, "adapt 'off', not 'all'"),
     ):
         with pytest.raises(IndexUnusable, match=f"was made with {message}"):
             IndexWriter.create_named(table.uri, **{"model": "model one", "dim": DIM} | other)
@@ -405,6 +405,7 @@ def test_the_index_says_what_it_was_made_with(table):
         "pooled": 0,
         "level": "normalised",
         "channels": "mix",
+        "adapt": "off",
         "run": "",
     }
     assert table.about == about
