@@ -81,9 +81,9 @@ class Index(IndexWriter):
         """Makes the approximate index that a search past EXACT_LIMIT uses, of all moments there are now.
 
         Moments that are added later are found all the same, by a scan; when they are many, build it again. It is IVF
-        with four bits a dimension (RaBitQ). One bit finds less, above all by sentences, which lie far from speech, though
-        more vectors are read; a byte is slower; LanceDB's product quantisation and its graph (HNSW) find less of a
-        million clustered vectors, and take longer to build.
+        with four bits a dimension (RaBitQ). One bit finds less, above all by sentences, which lie far from
+        speech; a byte is slower; LanceDB's product quantisation and its graph (HNSW) find less of a million clustered
+        vectors, and take longer to build.
 
         Raises:
             QueryError: there are under 256 moments.
