@@ -82,7 +82,7 @@ def said(met: bool) -> str:
 
 def hours(folder: Path, n: float) -> bool:
     samples = part()
-    with soundfile.SoundFile(folder / "long.flac", "w", RATE, 2) as file:
+    with soundfile.SoundFile(folder / "long.flac", "w", RATE, 2, compression_level=0.0) as file:
         while (left := round(n * 3600 * RATE) - file.frames) > 0:
             file.write(samples[:left])
     del samples
