@@ -40,7 +40,7 @@ from esr_utils.index_table import IndexTable, matrix
 
 KILLS, FILES, RATE = 200, 8, 16_000
 CLIPS = [1, 2, 3, 4, 5, 6, 8, 12]  # in each of the recordings that the files are copies of: 3 s to 40 s
-DRAWN = (0.4, 1.15)  # of the time that the command takes, which is half start-up; past its end, to see how lo
+DRAWN = (0.5, 1.15)  # of the time that the command takes, which is half start-up; past its end, to see how lo
 
 
 def esr(arguments: list[str], log: Path) -> None:
