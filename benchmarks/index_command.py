@@ -70,7 +70,7 @@ def esr(*arguments: object) -> tuple[float, float]:
     process = subprocess.Popen([sys.executable, "-m", "esr_utils.cli", "index", *map(str, arguments)])
     while process.poll() is None:
         peak = max(peak, memory(process.pid))
-        time.sleep(0.05)
+        time.sleep(0.2)
     if process.returncode:
         sys.exit(f"esr index ended with {process.returncode}")
     return time.monotonic() - started, peak * 1024 / 1e9
