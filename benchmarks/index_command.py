@@ -70,7 +70,7 @@ def esr(*arguments: object) -> tuple[float, float]:
     process = subprocess.Popen([sys.executable, "-m", "esr_utils.cli", "index", *map(str, arguments)])
     while process.poll() is None:
         peak = max(peak, memory(process.pid))
-        time.sleep(0.05)
+        time.sleep(0.2)
     if process.returncode:
         sys.exit(f"esr index ended with {process.returncode}")
     return time.monotonic() - started, peak * 1024 / 1e9
@@ -82,7 +82,7 @@ def said(met: bool) -> str:
 
 def hours(folder: Path, n: float) -> bool:
     samples = part()
-    with soundfile.SoundFile(folder / "long.flac", "w", RATE, 2) as file:
+    with soundfile.SoundFile(folder / "long.flac", "w", RATE, 2, compression_level=0.0) as file:
         while (left := round(n * 3600 * RATE) - file.frames) > 0:
             file.write(samples[:left])
     del samples

@@ -40,7 +40,7 @@ from esr_utils.index_table import IndexTable, matrix
 
 KILLS, FILES, RATE = 200, 8, 16_000
 CLIPS = [1, 2, 3, 4, 5, 6, 8, 12]  # in each of the recordings that the files are copies of: 3 s to 40 s
-DRAWN = (0.4, 1.15)  # of the time that the command takes, which is half start-up; past its end, to see how lo
+DRAWN = (0.5, 1.15)  # of the time that the command takes, which is half start-up; past its end, to see how lo
 
 
 def esr(arguments: list[str], log: Path) -> None:
@@ -91,9 +91,13 @@ class World:
         """Runs the command to its end; the seconds it took."""
         started, process = time.monotonic(), self.start(places, index)
         process.join()
+        self.check(process)
+        return time.monotonic() - started
+
+    def check(self, process: multiprocessing.Process) -> None:
+        """That it has done its work."""
         if process.exitcode:
             sys.exit(f"esr index ended with {process.exitcode}:\n{(self.folder / 'log').read_text()}")
-        return time.monotonic() - started
 
     def record(self) -> None:
         """Writes the recordings, and learns their moments from an index that nothing disturbs."""
@@ -182,8 +186,8 @@ def version(index: Path) -> int:
         return 0
 
 
-def main(kills: int, run: str) -> int:
-    rng, folder = random.Random(0), Path(tempfile.mkdtemp())
+def main(kills: int, run: str, folder: Path) -> int:
+    rng = random.Random(0)
     world = World(folder, run or _untrained(folder), rng)
     world.record()
     world.finish(world.audio, world.index)
@@ -200,6 +204,7 @@ def main(kills: int, run: str) -> int:
         process.kill()
         process.join()
         if process.exitcode != -signal.SIGKILL:
+            world.check(process)
             takes += 0.3 * (time.monotonic() - started - takes)
         else:
             hit += 1
@@ -216,7 +221,6 @@ def main(kills: int, run: str) -> int:
     afresh = moments(folder / "afresh").set_index("id")
     wanted = {row.Index: (None if pd.isna(row.speaker) else row.speaker, row.vector) for row in afresh.itertuples()}
     last = compared(moments(world.index), wanted)
-    shutil.rmtree(folder)
     print(f"{hit} kills of esr index ({attempts} tried, {between} between its commits), each followed by a rerun: "
           f"{lost} moments lost, {doubled} doubled; {gone} gone from kill to rerun")  # fmt: skip
     print(f"beside an index made afresh, of {len(wanted)} moments: {last[0]} lost, {last[1]} doubled", flush=True)
@@ -234,4 +238,5 @@ def _untrained(folder: Path) -> str:
 
 if __name__ == "__main__":
     kills, run = [*sys.argv[1:], *(str(KILLS), "")[len(sys.argv) - 1 :]]
-    sys.exit(main(int(kills), run))
+    with tempfile.TemporaryDirectory() as temporary:
+        sys.exit(main(int(kills), run, Path(temporary)))
