@@ -32,11 +32,13 @@ from esr_utils.audio_folder import absolute_key, absolute_path, printable
 from esr_utils.config import Level
 from esr_utils.decoding import read_spans
 from esr_utils.index_rows import Embedded, File
-from esr_utils.index_snapshot import QueryError, Snapshot
+from esr_utils.index_snapshot import QueryError, Scored, Snapshot
 from esr_utils.index_table import IndexTable
 
 # What embeds audio is imported where that is done: a process that only searches takes 0.2 GB less.
 if TYPE_CHECKING:
+    from lancedb.expr import Expr
+
     from esr_utils.embedding import Embeddings
     from esr_utils.retriever import Retriever
 
@@ -171,11 +173,7 @@ class Index(IndexTable):
             QueryError: the query is empty, longer than MAX_QUERY or no unit vector can be made of it; k or offset is
                 too small; a column does not exist, or its values are of another type.
         """
-        vector = self._unit(query)
-        if minus is not None:
-            vector = _normalised(
-                vector - minus_weight * self._unit(minus), "the query and what is taken from it are the same"
-            )
+        vector = self._vector(query, minus, minus_weight)
         return self._nearest(vector, k, min_score, where=where, one_per=one_per, offset=offset, approximate=approximate)
 
     def search_like(self, example: str | Path, k: int = 10, min_score: float = -1.0, **options: Any) -> pd.DataFrame:
@@ -190,6 +188,19 @@ class Index(IndexTable):
         row, vector = own
         return self._nearest(_normalised(vector), k, min_score, without=row, **options)
 
+    def scores(self, query: Query, *, minus: Query | None = None, minus_weight: float = 0.5) -> NDArray[np.float32]:
+        """(n,) cosines of a query with all moments, in no order, for a histogram; with about 4096 past EXACT_LIMIT.
+
+        Takes a query and raises as `search`; off by as much as `nearest.Vectors` says.
+        """
+        return self._scored(self._current(), self._vector(query, minus, minus_weight)).scores
+
+    def scores_like(self, example: str | Path) -> NDArray[np.float32]:
+        """As `scores`, with an example as `search_like` takes it; which, if it is of the index, is among them."""
+        own = self._own(str(example))
+        vector = self._unit(self._embed_file(Path(example))) if own is None else _normalised(own[1])
+        return self._scored(self._current(), vector).scores
+
     def _own(self, example: str) -> tuple[int, NDArray[np.float32]] | None:
         """Row id and vector of the moment that has this id, or is all of this file."""
         from lancedb.expr import col, lit
@@ -201,6 +212,13 @@ class Index(IndexTable):
                     if column == "id" or row["start_s"] is None:
                         return row["_rowid"], np.array(row["vector"], np.float32)
         return None
+
+    def _vector(self, query: Query, minus: Query | None, minus_weight: float) -> NDArray[np.float32]:
+        """The unit vector (d,) of a query minus another."""
+        if minus is None:
+            return self._unit(query)
+        taken = minus_weight * self._unit(minus)
+        return _normalised(self._unit(query) - taken, "the query and what is taken from it are the same")
 
     def _unit(self, query: Query) -> NDArray[np.float32]:
         """A query's unit vector (d,)."""
@@ -263,9 +281,7 @@ class Index(IndexTable):
                 raise QueryError(f"{name} is {value}; it must be at least {least}")
         snapshot = self._current()
         condition = snapshot.condition(where or {})
-        if approximate is None:
-            approximate = snapshot.n_moments > EXACT_LIMIT and snapshot.has_approximate
-        found = (snapshot.approximate if approximate else snapshot.exact)(vector, condition)
+        found = self._scored(snapshot, vector, condition, approximate)
         wanted, n = offset + k, offset + k + (without is not None)
         while True:
             rows, scores = found.best(n)
@@ -284,6 +300,17 @@ class Index(IndexTable):
         hits.insert(0, "score", scores)
         hits.insert(0, "rank", np.arange(offset + 1, offset + 1 + len(rows)))
         return hits
+
+    @staticmethod
+    def _scored(
+        snapshot: Snapshot,
+        vector: NDArray[np.float32],
+        condition: Expr | None = None,
+        approximate: bool | None = None,
+    ) -> Scored:
+        if approximate is None:
+            approximate = snapshot.n_moments > EXACT_LIMIT and snapshot.has_approximate
+        return (snapshot.approximate if approximate else snapshot.exact)(vector, condition)
 
     def _current(self) -> Snapshot:
         """The table's newest version; what was kept of an older one is let go."""

@@ -27,7 +27,7 @@ LAYERS = {
         "objective", "checkpoints", "fitting", "training", "evaluation", "comparison", "ablations", "spaces", "index",
         "generation", "mining", "plots", "fusion_objective", "fusion_training", "fusion_systems", "protocols",
         "fusion_evaluation", "fusion_tables", "fusion_limits", "leakage",
-        "fusion_folds", "recordings", "recording_labels",
+        "fusion_folds", "recordings", "recording_labels", "cards", "panel",
     ),
     "command": ("cli",),
 }  # fmt: skip
