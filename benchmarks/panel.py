@@ -123,7 +123,7 @@ def run_notebook(page: Page, url: str, timeout_s: float = 60) -> None:
     page.goto(url)
     page.locator(".jp-Notebook .jp-Cell").first.wait_for()
     page.locator(".lm-MenuBar-itemLabel", has_text="Run").click()
-    page.locator(".lm-Menu-itemLabel", has_text="Run All Cells").click()
+    page.get_by_text("Run All Cells", exact=True).click()
     page.locator(".esr-panel [role=status]", has_text="Results").wait_for()
 
 
