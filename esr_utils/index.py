@@ -27,12 +27,14 @@ from esr_utils import nearest, runs
 from esr_utils.audio_folder import absolute_key, absolute_path
 from esr_utils.config import Level
 from esr_utils.index_rows import Embedded, File
-from esr_utils.index_snapshot import QueryError, Snapshot
+from esr_utils.index_snapshot import QueryError, Scored, Snapshot
 from esr_utils.index_writing import IndexWriter
 from esr_utils.query_vectors import Query, of_file, of_query, unit
 
 # What embeds audio is imported where that is done: a process that only searches takes 0.2 GB less.
 if TYPE_CHECKING:
+    from lancedb.expr import Expr
+
     from esr_utils.embedding import Embeddings
     from esr_utils.moments import Channels
     from esr_utils.retriever import Retriever
@@ -178,10 +180,7 @@ class Index(IndexWriter):
             QueryError: the query is empty, longer than MAX_QUERY or no unit vector can be made of it; k or offset is
                 too small; a column does not exist, or its values are of another type.
         """
-        vector = of_query(query, self.model, self.about["dim"])
-        if minus is not None:
-            less = vector - minus_weight * of_query(minus, self.model, self.about["dim"])
-            vector = unit(less, "the query and what is taken from it are the same")
+        vector = self._vector(query, minus, minus_weight)
         return self._nearest(vector, k, min_score, where=where, one_per=one_per, offset=offset, approximate=approximate)
 
     def search_like(self, example: str | Path, k: int = 10, min_score: float = -1.0, **options: Any) -> pd.DataFrame:
@@ -190,12 +189,8 @@ class Index(IndexWriter):
         The example itself is not among the hits when it is of the index. Returns, raises and takes options as `search`;
         QueryError also for an example that cannot be found or read.
         """
-        own = self._own(str(example))
-        if own is None:
-            vector = of_file(Path(example), self._adapted(), self.about["level"])
-            return self.search(vector, k, min_score, **options)
-        row, vector = own
-        return self._nearest(unit(vector), k, min_score, without=row, **options)
+        row, vector = self._example(example)
+        return self._nearest(vector, k, min_score, without=row, **options)
 
     def _adapted(self) -> Retriever | None:
         """The model, by the statistics of this index where it adapts."""
@@ -205,6 +200,24 @@ class Index(IndexWriter):
 
         own = index_adaptation.statistics(self, self.model)
         return adaptation.adapted(self.model, own) if own else self.model
+
+    def scores(self, query: Query, *, minus: Query | None = None, minus_weight: float = 0.5) -> NDArray[np.float32]:
+        """(n,) cosines of a query with all moments, in no order, for a histogram; with about 4096 past EXACT_LIMIT.
+
+        Takes a query and raises as `search`; off by as much as `nearest.Vectors` says.
+        """
+        return self._scored(self._current(), self._vector(query, minus, minus_weight)).scores
+
+    def scores_like(self, example: str | Path) -> NDArray[np.float32]:
+        """As `scores`, with an example as `search_like` takes it; which, if it is of the index, is among them."""
+        return self._scored(self._current(), self._example(example)[1]).scores
+
+    def _example(self, example: str | Path) -> tuple[int | None, NDArray[np.float32]]:
+        """An example's row id, None if it is not of this index, and its unit vector (d,)."""
+        row, vector = self._own(str(example)) or (None, None)
+        if row is None:
+            vector = of_file(Path(example), self._adapted(), self.about["level"])
+        return row, unit(vector)
 
     def _own(self, example: str) -> tuple[int, NDArray[np.float32]] | None:
         """Row id and vector of the moment that has this id, or is all of this file."""
@@ -217,6 +230,14 @@ class Index(IndexWriter):
                     if column == "id" or row["start_s"] is None:
                         return row["_rowid"], np.array(row["vector"], np.float32)
         return None
+
+    def _vector(self, query: Query, minus: Query | None, minus_weight: float) -> NDArray[np.float32]:
+        """The unit vector (d,) of a query minus another."""
+        vector = of_query(query, self.model, self.about["dim"])
+        if minus is None:
+            return vector
+        taken = minus_weight * of_query(minus, self.model, self.about["dim"])
+        return unit(vector - taken, "the query and what is taken from it are the same")
 
     def _nearest(
         self,
@@ -236,9 +257,7 @@ class Index(IndexWriter):
                 raise QueryError(f"{name} is {value}; it must be at least {least}")
         snapshot = self._current()
         condition = snapshot.condition(where or {})
-        if approximate is None:
-            approximate = snapshot.n_moments > EXACT_LIMIT and snapshot.has_approximate
-        found = (snapshot.approximate if approximate else snapshot.exact)(vector, condition)
+        found = self._scored(snapshot, vector, condition, approximate)
         wanted, n = offset + k, offset + k + (without is not None)
         while True:
             rows, scores = found.best(n)
@@ -257,6 +276,17 @@ class Index(IndexWriter):
         hits.insert(0, "score", scores)
         hits.insert(0, "rank", np.arange(offset + 1, offset + 1 + len(rows)))
         return hits
+
+    @staticmethod
+    def _scored(
+        snapshot: Snapshot,
+        vector: NDArray[np.float32],
+        condition: Expr | None = None,
+        approximate: bool | None = None,
+    ) -> Scored:
+        if approximate is None:
+            approximate = snapshot.n_moments > EXACT_LIMIT and snapshot.has_approximate
+        return (snapshot.approximate if approximate else snapshot.exact)(vector, condition)
 
     def _current(self) -> Snapshot:
         """The table's newest version; what was kept of an older one is let go."""

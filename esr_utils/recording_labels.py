@@ -4,6 +4,9 @@ It lies in the folder that is indexed (UTF-8), with a column `path`, relative to
 one of the moments of that file, to filter and show. Several rows may tell of one file: a row with start_s or end_s
 (seconds) is about the moments whose middle lies in between, one with a channel (from 0) about those of that channel;
 the first that fits counts. A column whose values are all numbers is one of numbers.
+
+A folder without one that is a corpus, with a manifest.csv (see `manifest_schema`), has corpus, speaker, gender,
+language and style from there.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ from esr_utils.index_snapshot import Snapshot
 from esr_utils.manifest_schema import ManifestError
 from esr_utils.text_tables import read_table
 
-NAME = "labels.csv"
+NAME, MANIFEST = "labels.csv", "manifest.csv"
+_OF_MANIFEST = ("corpus", "speaker", "gender", "language", "style")
 _PLACE = ("path", "start_s", "end_s", "channel", "duration_s")  # what a row is about, and no column of its own
 _NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?")
 
@@ -55,18 +59,22 @@ class Labels:
     rows: dict[str, list[Row]] = field(default_factory=dict)
 
     def read(self, folder: Path) -> None:
-        """Adds what the labels.csv of a folder says, if it has one.
+        """Adds what the labels.csv of a folder says, or its manifest, if it has one.
 
         Raises:
             LabelsError: it is no CSV, has no column `path`, one that an index cannot take, or a time that is no number.
         """
         file = folder / NAME
         if not file.is_file():
-            return
+            file = folder / MANIFEST
+            if not _is_manifest(file):
+                return
         try:
             table = read_table(file)
         except ManifestError as error:
             raise LabelsError(str(error)) from None
+        if file.name == MANIFEST:
+            table = table[[name for name in table.columns if name in (*_PLACE, *_OF_MANIFEST)]]
         if "path" not in table:
             raise LabelsError(f"{file} has no column 'path'; it has {', '.join(table.columns)}")
         if refused := sorted({*table.columns} & {*RESERVED}):
@@ -170,6 +178,14 @@ class Columns:
                 pooled, adapted = np.stack(kept["pooled"]), kept["adapted"].tolist()
             file = File(key, files[key], int(about["size"]), int(about["mtime_ns"]), about["sha256"])
             yield Embedded(file, table, index.vectors(rows), pooled, about["problem"], adapted)
+
+
+def _is_manifest(file: Path) -> bool:
+    """Whether this is one of ours: other programs write files of that name too."""
+    if not file.is_file():
+        return False
+    with file.open(encoding="utf-8-sig", errors="replace") as opened:
+        return {"utterance_id", "path"} <= set(opened.readline(1 << 16).strip().split(","))
 
 
 def _same(there: pd.Series | None, wanted: pd.Series) -> bool:

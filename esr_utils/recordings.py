@@ -18,12 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from tqdm.auto import tqdm
 
 from esr_utils import adaptation, index_adaptation, retriever, runs
 from esr_utils.audio_folder import absolute_key, find_audio
 from esr_utils.config import Level
 from esr_utils.index import Index
-from esr_utils.index_rows import Changes, Embedded, File
+from esr_utils.index_rows import Changes, Embedded, File, IndexUnusable
 from esr_utils.index_table import matrix
 from esr_utils.listening import Embedder, Made, Place, Report
 from esr_utils.recording_labels import Labels
@@ -60,6 +61,38 @@ def load_retriever(run: str | Path | None = None, device: str = "auto") -> tuple
         raise WeightsError(
             f"{folder} is no run that can be used: its config.json lacks training, level: {error}"
         ) from None
+
+
+def open_index(
+    uri: str | Path, places: str | Path | Iterable[str | Path] = (), run: str | Path | None = None
+) -> tuple[Index, Report]:
+    """An index and the retriever that made it; with places, it is made if it is not there, and brought up to date.
+
+    Args:
+        places: folders of recordings, or recordings; none: the index is taken as it is.
+        run: None is the run that the index names, or for a new one that of `load_retriever`.
+
+    Raises:
+        index_rows.IndexUnusable: it is not there and no places are named, or another retriever made it.
+        Further as `load_retriever`, `find` and `refresh`.
+    """
+    found = find(places) if places else None  # before a model is loaded for nothing
+    try:
+        run = run or Index.open(uri).about["run"] or None
+    except IndexUnusable:
+        if found is None:
+            raise
+    model, level, folder = load_retriever(run)
+    if found is None:
+        return Index.open(uri, model), Report()
+    index = Index.create(uri, model, level=level, run=folder)
+    with tqdm(unit="file", desc="index", leave=False) as bar:
+
+        def heard(done: int, total: int, _: float) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return index, refresh(index, found, progress=heard)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ LAYERS = {
         "generation", "mining", "plots", "fusion_objective", "fusion_training", "fusion_systems", "protocols",
         "fusion_evaluation", "fusion_tables", "fusion_limits", "leakage",
         "fusion_folds", "recordings", "recording_labels", "query_vectors", "listening", "index_adaptation",
-        "scale", "scale_workers",
+        "scale", "scale_workers", "cards", "panel",
     ),
     "command": ("cli",),
 }  # fmt: skip

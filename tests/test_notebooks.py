@@ -99,4 +99,5 @@ def test_parameters_that_scripts_rely_on():
     assert declared["10_data_construction"] >= {
         "media", "run", "separator", "diariser", "emotion", "threshold", "keep_single", "device",
     }  # fmt: skip
+    assert declared["11_search"] >= {"query", "index", "k", "run"}
     assert declared["07_embedding_maps"] >= {"run", "without", "corpora", "data_root", "split", "prompts"}

@@ -133,3 +133,15 @@ def test_text_in_a_column_of_numbers_is_refused(index, folder):
     refresh(index, folder, "path,year\none.flac,2024\n")
     with pytest.raises(LabelsError, match="column 'year' .* is of numbers"):
         refresh(index, folder, "path,year\none.flac,old\n")
+
+
+def test_a_corpus_gives_what_its_manifest_says_and_a_foreign_manifest_nothing(index, folder):
+    manifest = folder / "manifest.csv"
+    manifest.write_text("url,path\nhere,one.flac\n")
+    assert recordings.find(folder).labels.rows == {}
+    manifest.write_text("utterance_id,path,speaker,style,text\nc/1,one.flac,anna,angry,Go!\nc/2,three.wav,ben,,\n")
+    recordings.refresh(index, recordings.find(folder))
+    assert values(index, "speaker") == {"one.flac": ["anna"], "two.wav": [None], "three.wav": ["ben"]}
+    assert values(index, "style")["one.flac"] == ["angry"] and "text" not in index.columns()
+    refresh(index, folder, "path,speaker\none.flac,carla\n")  # a labels.csv comes first
+    assert values(index, "speaker")["one.flac"] == ["carla"]
