@@ -93,6 +93,7 @@ def _index(options: Namespace) -> int:
         raise NoAudio(f"{error}. If its recordings were removed for good, --gone drops them from the index") from None
     model, level, run = _retriever(options)
     index = Index.create(options.index, model, level=level, run=run, channels=options.channels)
+    del model.text  # no sentence is read here, and it takes 90 MB and more
     with quiet_libraries(), Bar(shown=_watched()) as bar:
         report = recordings.refresh(index, found, bar)
     for key, reason in (report.problems | report.left_out).items():

@@ -42,7 +42,7 @@ from esr_utils.weights import WeightsError
 DEFAULT_RUN = runs.DEFAULT_RUN  # whose retriever makes an index where no run is named
 POOL_S = 300.0  # seconds of speech that wait to be embedded: 19 MB
 WAIT_S = 20.0  # seconds after which what waits is embedded, however little it is
-PART_S = 60.0  # seconds after which what there is so far of a file is written, and so is lost by a kill at most
+PART_S = 120.0  # seconds after which what there is so far of a file is written, and so is lost by a kill at most
 _AT_ONCE = 100  # hits of one file that are in memory together when they are cut
 BATCH_S = 16.0  # seconds a forward pass, with what is padded: more is no faster on a CPU, and takes more memory
 
