@@ -97,6 +97,7 @@ def _index(options: Namespace) -> int:
     if options.adapt and options.adapt not in known:
         raise UsageError(f"--adapt {options.adapt}: it is off, all, or a column, here {', '.join(known[2:])}")
     index = Index.create(options.index, model, level=level, run=run, channels=options.channels, adapt=options.adapt)
+    del model.text  # no sentence is read here, and it takes 90 MB and more
     with quiet_libraries(), Bar(shown=_watched()) as bar:
         report = recordings.refresh(index, found, bar)
     for key, reason in (report.problems | report.left_out).items():

@@ -29,7 +29,7 @@ from esr_utils.retriever import Retriever
 
 POOL_S = 300.0  # seconds of speech that wait to be embedded: 19 MB
 WAIT_S = 20.0  # seconds after which what waits is embedded, however little it is
-PART_S = 60.0  # seconds after which what there is so far of a file is given, and so is lost by a kill at most
+PART_S = 120.0  # seconds after which what there is so far of a file is given, and so is lost by a kill at most
 BATCH_S = 16.0  # seconds a forward pass, with what is padded: more is no faster on a CPU, and takes more memory
 
 Place = tuple[float, float, int | None]  # start_s, end_s, channel
