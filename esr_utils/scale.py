@@ -26,6 +26,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -256,7 +257,8 @@ def _job(worker: type[Worker], arguments: tuple, parts: list[pd.DataFrame], work
     settings.enable_progress_bars = settings.print_on_execution_start = False
     settings.max_errored_blocks = -1  # who failed is seen by what is missing
     settings.target_max_block_size = _BLOCK
-    with ray.data.DataContext.current(settings):
+    with ray.data.DataContext.current(settings), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Ray 2.60 has no other way to say how often it tries
         job = ray.data.from_pandas(parts).map_batches(
             worker,
             fn_constructor_args=arguments,
@@ -311,7 +313,9 @@ def connected(workers: Workers) -> Iterator[None]:
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
         own = {"num_cpus": workers.n * workers.threads, "include_dashboard": False, "object_store_memory": _STORE}
         try:
-            ray.init(workers.address or "local", **quiet, **({} if workers.address else own))
+            with warnings.catch_warnings():  # of LanceDB, that it does not like forks: Ray's become other programs
+                warnings.filterwarnings("ignore", "lancedb fork support", RuntimeWarning)
+                ray.init(workers.address or "local", **quiet, **({} if workers.address else own))
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ScaleError(f"no Ray at {workers.address or 'this machine'}: {first_line(error)}") from None
     try:
