@@ -26,6 +26,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -255,7 +256,8 @@ def _job(worker: type[Worker], arguments: tuple, parts: list[pd.DataFrame], work
     settings.enable_progress_bars = settings.print_on_execution_start = False
     settings.max_errored_blocks = -1  # who failed is seen by what is missing
     settings.target_max_block_size = _BLOCK
-    with ray.data.DataContext.current(settings):
+    with ray.data.DataContext.current(settings), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Ray 2.60 has no other way to say how often it tries
         job = ray.data.from_pandas(parts).map_batches(
             worker,
             fn_constructor_args=arguments,
@@ -307,12 +309,7 @@ def connected(workers: Workers) -> Iterator[None]:
     """
     ray = load_ray()
     if ours := not ray.is_initialized():
-        quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
-        own = {"num_cpus": workers.n * workers.threads, "include_dashboard": False, "object_store_memory": _STORE}
-        try:
-            ray.init(workers.address or "local", **quiet, **({} if workers.address else own))
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ScaleError(f"no Ray at {workers.address or 'this machine'}: {first_line(error)}") from None
+        _start(ray, workers)
     try:
         there = ray.cluster_resources()
         for name, needed in (("CPU", workers.threads), ("GPU", workers.gpus)):
@@ -322,3 +319,20 @@ def connected(workers: Workers) -> Iterator[None]:
     finally:
         if ours:
             ray.shutdown()
+
+
+def _start(ray: Any, workers: Workers, tries: int = 3) -> None:
+    settings = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if not workers.address:
+        settings |= {"num_cpus": workers.n * workers.threads, "include_dashboard": False, "object_store_memory": _STORE}
+    for left in reversed(range(tries)):
+        try:
+            with warnings.catch_warnings():  # of LanceDB, that it does not like forks: Ray's become other programs
+                warnings.filterwarnings("ignore", "lancedb fork support", RuntimeWarning)
+                ray.init(workers.address or "local", **settings)
+            return
+        except Exception as error:  # Ray raises Exception itself where a busy machine takes over 30 s to start it
+            ray.shutdown()
+            if workers.address or not left:
+                where = workers.address or "this machine"
+                raise ScaleError(f"no Ray could be had at {where}: {first_line(error)}") from error
