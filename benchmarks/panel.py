@@ -174,6 +174,7 @@ def screenshot(chromium: str, path: Path) -> None:
         prepare(Path(folder), k=6)
         with jupyter_lab(Path(folder)) as url, browser_page(chromium, height=1600) as page:
             run_notebook(page, url)
+            page.keyboard.press("Control+b")  # the list of files makes room
             search(page, SENTENCES[0], 6)
             page.keyboard.press("Tab")
             page.locator(".esr-panel").screenshot(path=path, animations="disabled")

@@ -167,7 +167,7 @@ class Panel:
         if change["owner"] is self.query:  # what was said last counts
             with self._fill():
                 self.example.value = ""
-        self._example = self.example.value
+        self._example = self.example.value.strip()
         self.search()
 
     @contextmanager
