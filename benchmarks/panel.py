@@ -70,7 +70,11 @@ def jupyter_lab(folder: Path) -> Iterator[str]:
     (news / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
     command = [
         sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
-        "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}",
+        "--ServerApp.port_retries=0",
+        # where this process is killed, and ends nothing, they end by themselves
+        "--ServerApp.shutdown_no_activity_timeout=300", "--MappingKernelManager.cull_idle_timeout=300",
+        "--MappingKernelManager.cull_connected=True",
+        f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}",
     ]  # fmt: skip
     with open(folder / "jupyter.log", "w") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
@@ -121,7 +125,7 @@ def run_notebook(page: Page, url: str, timeout_s: float = 60) -> None:
     """Opens the notebook in JupyterLab, runs all its cells by the menu, and waits for the panel's first results."""
     page.set_default_timeout(1000 * timeout_s)
     page.goto(url)
-    page.locator(".jp-Notebook .jp-Cell").first.wait_for()
+    page.get_by_text("| Idle").wait_for()  # run before its kernel is there, it would ask for one
     page.locator(".lm-MenuBar-itemLabel", has_text="Run").click()
     page.get_by_text("Run All Cells", exact=True).click()
     page.locator(".esr-panel [role=status]", has_text="Results").wait_for()
@@ -170,6 +174,7 @@ def screenshot(chromium: str, path: Path) -> None:
         prepare(Path(folder), k=6)
         with jupyter_lab(Path(folder)) as url, browser_page(chromium, height=1600) as page:
             run_notebook(page, url)
+            page.keyboard.press("Control+b")  # the list of files makes room
             search(page, SENTENCES[0], 6)
             page.keyboard.press("Tab")
             page.locator(".esr-panel").screenshot(path=path, animations="disabled")

@@ -22,13 +22,16 @@ from esr_utils.index import Index
 from esr_utils.index_rows import IndexUnusable, first_line
 from esr_utils.index_snapshot import QueryError, Snapshot
 
+ANY = ()  # what a list says that limits nothing; None would show as an empty box
 MAX_VALUES = 30  # a column of text with more of them has no filter: nobody would look through the list
 _HIDDEN = ("id", "utterance_id", "path", "root")  # columns that tell nothing beside the file
 _LAYOUT = """<style>
 .esr-panel { max-width: 1280px; }
 .esr-panel .widget-text input { font-size: 14px; }
 .esr-panel .widget-hslider .slider-container { margin: 0 8px; }
-.esr-cards .esr-box { position: relative; }
+.esr-cards .esr-box { position: relative; min-width: 0; box-sizing: border-box; }
+.esr-cards .widget-html { width: 100%; margin: 0; }
+.esr-cards .widget-html-content { flex: 1 1 auto; min-width: 0; }
 .esr-cards .esr-card audio { width: calc(100% - 118px); }
 .esr-cards .esr-like { position: absolute; right: 10px; bottom: 9px; width: 108px; margin: 0; }
 </style>"""
@@ -66,7 +69,7 @@ class Panel:
     def _make(self, query: str) -> None:
         self.query = _text("How it sounds:", "a tired, sarcastic answer", query)
         self.minus = _text("But not:", "angry (may be left empty)")
-        self.example = _text("Or like:", "path of an audio file, or “More like this” below")
+        self.example = _text("Or like:", "an audio file’s path, or a result’s button")
         button = widgets.Button(description="Search", icon="search", button_style="primary")
         button.on_click(lambda _: self.search())
         self.filters = _filters(self.index)
@@ -143,7 +146,7 @@ class Panel:
         found = {}
         for column, box in self.filters.items():
             if isinstance(box, widgets.Dropdown):
-                found |= {} if box.value is None else {column: box.value}
+                found |= {} if box.value == ANY else {column: box.value}
             else:
                 low, high = box.value
                 bounds = (low if low > box.min else None, high if high < box.max else None)
@@ -164,7 +167,7 @@ class Panel:
         if change["owner"] is self.query:  # what was said last counts
             with self._fill():
                 self.example.value = ""
-        self._example = self.example.value
+        self._example = self.example.value.strip()
         self.search()
 
     @contextmanager
@@ -197,7 +200,7 @@ class Panel:
         least = self.threshold.value
         n = np.count_nonzero(scores >= least)
         self.least.value = (
-            f'<span class="esr-card">Least score <b>{least:.2f}</b>: {n} of {len(scores)} moments of the index '
+            f'<span class="esr-card">Least score <b>{least:.2f}</b>: about {n} of {len(scores)} moments of the index '
             f"reach it ({n / max(len(scores), 1):.1%})</span>"
         )
         self.scores.value = cards.histogram(scores, least)
@@ -220,7 +223,12 @@ def _text(description: str, placeholder: str, value: str = "") -> widgets.Text:
     """A box that tells its text when Enter is pressed, or the box is left."""
     layout = {"flex": "1 1 auto", "width": "auto"}
     return widgets.Text(
-        value=value, description=description, placeholder=placeholder, continuous_update=False, layout=layout
+        value=value,
+        description=description,
+        placeholder=placeholder,
+        continuous_update=False,
+        layout=layout,
+        style={"description_width": "100px"},
     )
 
 
@@ -248,13 +256,13 @@ def _filters(index: Index) -> dict[str, widgets.Dropdown | widgets.FloatRangeSli
     for name, values in found.items():
         if len(values) > 1:
             made[name] = _range(name, *sorted(values)) if kinds[name] in ("double", "int64") else _list(name, values)
-    return made
+    return dict(sorted(made.items(), key=lambda item: isinstance(item[1], widgets.FloatRangeSlider)))  # lists first
 
 
 def _list(column: str, values: set) -> widgets.Dropdown:
     labels = {value: cards.file_name(value) if column == "file" else str(value) for value in values}
     twice = len(set(labels.values())) < len(labels)  # files of one name in several folders
-    options = [("any", None), *sorted((value if twice else labels[value], value) for value in values)]
+    options = [("any", ANY), *sorted((value if twice else labels[value], value) for value in values)]
     return widgets.Dropdown(
         options=options, description=f"{column}:", style={"description_width": "auto"}, layout={"width": "auto"}
     )
@@ -267,5 +275,5 @@ def _range(column: str, low: float, high: float) -> widgets.FloatRangeSlider:
     return widgets.FloatRangeSlider(
         value=(low, high), min=low, max=high, step=step, readout_format=".0f" if step >= 1 else ".2f",
         description=f"{column}:", continuous_update=False,
-        style={"description_width": "auto"}, layout={"width": "300px"},
+        style={"description_width": "auto"}, layout={"width": "320px"},
     )  # fmt: skip
