@@ -191,7 +191,7 @@ def test_moments_of_a_recording_are_cut_out_by_time_and_channel(tiny_model, tmp_
     (tmp_path / "calls").mkdir()
     call = np.stack([speech[: 14 * RATE], speech[14 * RATE : 28 * RATE]], axis=1)
     soundfile.write(tmp_path / "calls" / "call.wav", call, RATE)
-    index = Index.create(tmp_path / "index", tiny_model)
+    index = Index.create(tmp_path / "index", tiny_model, channels="split")
     recordings.refresh(index, recordings.find(tmp_path / "calls"))
     panel = Panel(index, QUERY, 40)
     assert len(panel.hits) > 4 and set(panel.hits["channel"]) == {0, 1} and {"channel", "start_s"} <= set(panel.filters)
