@@ -128,7 +128,10 @@ def run_notebook(page: Page, url: str, timeout_s: float = 60) -> None:
     page.get_by_text("| Idle").wait_for()  # run before its kernel is there, it would ask for one
     page.locator(".lm-MenuBar-itemLabel", has_text="Run").click()
     page.get_by_text("Run All Cells", exact=True).click()
-    page.locator(".esr-panel [role=status]", has_text="Results").wait_for()
+    failed = page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error']")
+    page.locator(".esr-panel [role=status]", has_text="Results").or_(failed).first.wait_for()
+    if failed.count():
+        raise RuntimeError(f"the notebook failed:\n{failed.first.text_content()}")
 
 
 def search(page: Page, sentence: str, n: int) -> float:
