@@ -9,9 +9,9 @@
 The driver, who calls, compares the files with the index (as `recordings.refresh` on one machine), and gives those to
 embed to Ray in batches, the longest first. A worker has a retriever of its own, loaded from the run folder, and runs
 the code of the single process: the numbers are the same. What it makes goes back to the driver, who alone writes the
-index: 1 kB a moment, a thirtieth of the bytes that were read as 16 kHz audio at the least, in one commit for some
-thousand moments. So no commit meets another, and workers need no access to the index. On a cluster each node has this
-project with requirements-scale.txt, and sees recordings and run folder at the same paths.
+index: 2 kB a moment of 512 dimensions, where a second of 16 kHz audio is 32, in one commit for some thousand moments.
+So no commit meets another, and workers need no access to the index. On a cluster each node has this project with
+requirements-scale.txt, and sees recordings and run folder at the same paths.
 
 A worker that dies costs its batch, which another one does again, and again. Files of a batch that fails every time are
 tried one by one; who then still fails is left out, and named in the report. Whatever was committed stays: interrupted
