@@ -65,6 +65,7 @@ def jupyter_lab(folder: Path) -> Iterator[str]:
     token, own = secrets.token_hex(16), folder / ".jupyter"
     places = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
     environment = os.environ | {name: str(own / name.lower()) for name in (*places, "JUPYTERLAB_SETTINGS_DIR")}
+    environment["PYTHONPATH"] = str(runs.PROJECT)  # the package that is tested, whichever is installed
     news = own / "jupyterlab_settings_dir" / "@jupyterlab" / "apputils-extension"
     news.mkdir(parents=True)
     (news / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
@@ -121,17 +122,17 @@ def browser_page(chromium: str, height: int = 1000) -> Iterator[Page]:
             browser.close()
 
 
-def run_notebook(page: Page, url: str, timeout_s: float = 60) -> None:
+def run_notebook(page: Page, url: str, timeout_s: float = 90) -> None:
     """Opens the notebook in JupyterLab, runs all its cells by the menu, and waits for the panel's first results."""
     page.set_default_timeout(1000 * timeout_s)
     page.goto(url)
     page.get_by_text("| Idle").wait_for()  # run before its kernel is there, it would ask for one
     page.locator(".lm-MenuBar-itemLabel", has_text="Run").click()
     page.get_by_text("Run All Cells", exact=True).click()
-    failed = page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error']")
+    failed = page.get_by_text("Traceback (most recent call last)")
     page.locator(".esr-panel [role=status]", has_text="Results").or_(failed).first.wait_for()
     if failed.count():
-        raise RuntimeError(f"the notebook failed:\n{failed.first.text_content()}")
+        raise RuntimeError("the notebook failed:\n" + "\n".join(page.locator(".jp-RenderedText").all_text_contents()))
 
 
 def search(page: Page, sentence: str, n: int) -> float:
