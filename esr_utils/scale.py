@@ -240,7 +240,7 @@ def _spread(
                 for key in done.keys:
                     missing.pop(key, None)
                 yield done
-    reason = f"its worker failed or died, {_RETRIES + 1} times: Ray's logs, in /tmp/ray/session_latest/logs, say why"
+    reason = f"its worker failed or died, {_RETRIES + 1} times: Ray's logs (session_latest/logs in its folder) say why"
     if len(missing) == len(seconds):
         raise ScaleError(f"no worker could do anything: {reason}")
     for key in missing:
