@@ -24,6 +24,7 @@ Objective = Literal[
     "classifier",
 ]
 Precision = Literal["auto", "fp32", "bf16"]
+Schedule = Literal["constant", "cosine"]
 Pooling = Literal["mean", "stats"]
 Diariser = Literal["silero", "funasr"]
 
@@ -153,6 +154,7 @@ class TrainConfig(_Config):
     crop_s: float = 8.0  # seconds, longest piece of a clip seen in training
     learning_rate: float = 1e-3  # encoders, projections, classifier
     discriminator_learning_rate: float = 4e-4  # the paper's is 0.4 of the encoders' too
+    schedule: Schedule = "constant"  # of both rates; cosine: from epoch to epoch down to 0 after `epochs`
     betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
     weight_decay: float = 0.01  # of AdamW
     contrastive_weight: float = 1.0  # lambda_contrast
@@ -175,6 +177,7 @@ class TrainConfig(_Config):
 
     def __post_init__(self) -> None:
         self._check_choices(objective=Objective, finetune=Finetune, level=Level, precision=Precision)
+        self._check_choices(schedule=Schedule)
         self._check_numbers()
         self._check_positive("epochs", "batch_size", "crop_s", "learning_rate", "discriminator_learning_rate")
         self._check_positive("discriminator_hidden", "layer_decay")
@@ -207,6 +210,10 @@ class TrainConfig(_Config):
         if epoch < self.classify_epochs or self.objective == "classifier":
             return "classify"
         return "align" if epoch < self.classify_epochs + self.align_epochs else "adversarial"
+
+    def rate(self, epoch: int) -> float:
+        """The learning rates in an epoch (0-based), relative to those above."""
+        return 1.0 if self.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
 
 
 Contrast = Literal["infonce", "hard-negative", "hard-negative-mga-clap", "hard-negative-robinson"]

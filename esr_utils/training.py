@@ -162,6 +162,11 @@ class _Trainer(Fitting):
             retriever.text.embed(prompts)
         retriever.text.release()
 
+    def _epoch(self) -> dict:
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * self.config.rate(self.progress.epoch)
+        return super()._epoch()
+
     def _batches(self, split: str, rng: np.random.Generator, limit: int | None = None):
         """(batch, prompts) of a split in an order drawn from rng: of each batch, this process's share."""
         plan = self.clips[split].plan(rng)[:limit]
@@ -195,7 +200,8 @@ def parameter_groups(objective: Objective) -> list[dict]:
             rate *= config.layer_decay ** (speech.n_layers - speech.depth(name.removeprefix("retriever.speech.")))
         by_rate.setdefault(rate, []).append(parameter)
     groups = [{"params": parameters, "lr": rate} for rate, parameters in by_rate.items()]
-    return [*groups, {"params": list(objective.discriminator.parameters()), "lr": config.discriminator_learning_rate}]
+    groups.append({"params": list(objective.discriminator.parameters()), "lr": config.discriminator_learning_rate})
+    return [group | {"peak": group["lr"]} for group in groups]
 
 
 if __name__ == "__main__":  # accelerate launch --multi_gpu --num_processes 2 -m esr_utils.training RUN

@@ -275,6 +275,26 @@ def test_the_discriminator_has_a_learning_rate_of_its_own(train, monkeypatch):
     # ours: the classifier's 4; mix and 4 of the speech head; 2 of the text head; scale and bias
 
 
+def test_by_the_cosine_both_rates_fall_and_a_stopped_run_goes_on_with_them(train, monkeypatch):
+    rates, step = [], training._Trainer._step
+
+    def noted(self, *args):
+        rates.append([group["lr"] for group in self.optimizer.param_groups])
+        return step(self, *args)
+
+    monkeypatch.setattr(training._Trainer, "_step", noted)
+    train("whole", schedule="cosine")
+    per_epoch = len(rates) // 5
+    fall = [1.0, 0.9045085, 0.6545085, 0.3454915, 0.0954915]  # (1 + cos(pi e / 5)) / 2
+    np.testing.assert_allclose(rates[::per_epoch], np.outer(fall, [1e-2, 4e-3]), rtol=1e-6)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        stop_in_epoch(patch, 3)
+        train("stopped", schedule="cosine")
+    train("stopped", schedule="cosine")
+    assert lines(train.folder / "stopped") == lines(train.folder / "whole")
+    assert_equal(best(train.folder / "stopped"), best(train.folder / "whole"))
+
+
 # Resume -----------------------------------------------------------------------------------------------------
 
 
@@ -771,7 +791,7 @@ def test_the_papers_recipe_to_the_letter():
         ("epochs", -1), ("epochs", "3"), ("batch_size", 2.5), ("batch_size", 0), ("max_steps", -1),
         ("layer_decay", 2.0), ("layer_decay", 0.0), ("adversarial_weight", float("nan")), ("classify_epochs", -5),
         ("chunk_size", -1), ("betas", (0.9, 1.0)), ("precision", "fp16"), ("held_out_styles", "calm"), ("seed", -1),
-        ("crop_s", True),
+        ("crop_s", True), ("schedule", "linear"),
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused_by_name(setting, value):
