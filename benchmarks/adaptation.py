@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-import torch
 
-from esr_utils import adaptation, embedding, evaluation, intervals, manifests, release, runs, scoring, training, trials
+from esr_utils import adaptation, embedding, evaluation, manifests, release, runs, training
 from esr_utils.adaptation import Statistics
 from esr_utils.retriever import StyleRetriever
 

@@ -16,7 +16,7 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 
-from esr_utils import checkpoints, objective, provenance, runs, training, weights
+from esr_utils import adaptation, checkpoints, objective, provenance, runs, training, weights
 from esr_utils.config import ConfigError, ModelConfig, TrainConfig
 from esr_utils.prompts import PROMPTS_PATH, PromptBank
 from esr_utils.provenance import RunExists
@@ -293,6 +293,51 @@ def test_by_the_cosine_both_rates_fall_and_a_stopped_run_goes_on_with_them(train
     train("stopped", schedule="cosine")
     assert lines(train.folder / "stopped") == lines(train.folder / "whole")
     assert_equal(best(train.folder / "stopped"), best(train.folder / "whole"))
+
+
+def test_mixed_clips_are_standardised_by_the_split_or_the_speaker(train, manifest, monkeypatch):
+    """Against numpy, on the features of every clip. There is one corpus, so the corpus is the split."""
+    monkeypatch.setattr(adaptation, "MIN_CLIPS", 1)
+    seen, kept = [], {}
+    backward, features = objective.Objective.backward, training.embedding.frozen_features
+
+    def noted(self, batch, prompts, stage):
+        seen.extend(zip(batch["utterance_id"], *batch["statistics"], strict=True))
+        return backward(self, batch, prompts, stage)
+
+    def noted_features(model, cuts, level, cache):
+        found, owner = features(model, cuts, level, cache), {cut.id: cut.custom["utterance_id"] for cut in cuts}
+        kept.update((owner[i], x) for i, x in zip(found.cut_ids, found.pooled.numpy().astype(float), strict=True))
+        return found
+
+    monkeypatch.setattr(objective.Objective, "backward", noted)
+    monkeypatch.setattr(training.embedding, "frozen_features", noted_features)
+    train("run", standardise="mixed", crop_s=8.0)
+    speaker = manifest[manifest["split"] == "train"].set_index("utterance_id")["speaker"]
+    groups = {"": speaker.index} | {name: speaker.index[speaker == name] for name in set(speaker)}
+    expected = {name: np.stack([kept[clip] for clip in clips]) for name, clips in groups.items()}
+    used = {"": 0, "own": 0}
+    for clip, mean, std in seen:
+        kind = "" if np.allclose(mean, expected[""].mean(0), atol=1e-4) else "own"
+        pooled = expected["" if kind == "" else speaker[clip]]
+        np.testing.assert_allclose(mean, pooled.mean(0), atol=1e-4)
+        np.testing.assert_allclose(std, np.maximum(pooled.std(0), 1e-4), atol=1e-4)
+        used[kind] += 1
+    assert len(seen) == 5 * len(speaker) and 0.15 < used["own"] / len(seen) < 0.55  # one in three
+
+
+def test_a_stopped_mixed_run_goes_on_as_if_it_had_not_been(train):
+    train("whole", standardise="mixed")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        stop_in_epoch(patch, 3)
+        train("stopped", standardise="mixed")
+    train("stopped", standardise="mixed")
+    assert lines(train.folder / "stopped") == lines(train.folder / "whole")
+
+
+def test_mixed_needs_features_that_stay_as_they_are():
+    with pytest.raises(ConfigError, match="standardise is 'mixed'"):
+        CONFIG.but(standardise="mixed", finetune="full")
 
 
 # Resume -----------------------------------------------------------------------------------------------------
