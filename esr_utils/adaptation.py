@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from esr_utils.retriever import Retriever, StyleRetriever
 
+FEW_STYLES = 5.0  # fewer `effective_styles` of 22: perhaps too few to adapt
 MIN_CLIPS = 50  # with fewer, their own statistics are noise, and those of the training are used
 
 
@@ -155,6 +156,21 @@ def vectors(model: Retriever, pooled: NDArray[np.floating], statistics: Statisti
         AdaptationError: as `of_training`.
     """
     return model.encode_speech(batch(model, pooled, statistics)).cpu().numpy()
+
+
+def effective_styles(vectors: NDArray[np.floating], queries: NDArray[np.floating]) -> float:
+    """How many styles some clips seem to have: 1, all alike, to S, spread evenly.
+
+    The exponential of the entropy of the styles nearest to them. Of vectors made without adaptation, few (`FEW_STYLES`)
+    are a warning: where there is but one style, it is what the clips' own mean and deviation take out. They are no
+    proof, since a strange room makes clips look alike too.
+
+    Args:
+        vectors: (N, d), of at least one clip, by the statistics of the training.
+        queries: (S, d), one a style (`evaluation.style_queries`).
+    """
+    share = np.bincount((vectors @ queries.T).argmax(axis=1), minlength=len(queries)) / len(vectors)
+    return float(np.exp(-(share[share > 0] * np.log(share[share > 0])).sum()))
 
 
 def _check(model: Retriever) -> None:

@@ -157,6 +157,14 @@ def test_an_evaluation_adapts_by_a_column_within_each_corpus(fitted, manifest, t
         evaluation.evaluate(fitted, manifest, "train", cache=tmp_path, n_trials=5, adapt="room")
 
 
+def test_how_many_styles_clips_seem_to_have():
+    queries = np.eye(4)
+    assert adaptation.effective_styles(np.eye(4), queries) == pytest.approx(4)
+    assert adaptation.effective_styles(np.eye(4)[[2, 2, 2]], queries) == pytest.approx(1)
+    # half of one style, a quarter each of two: 2^(1/2) * 4^(1/4) * 4^(1/4) = 2^1.5
+    assert adaptation.effective_styles(np.eye(4)[[0, 0, 1, 2]], queries) == pytest.approx(2**1.5)
+
+
 def test_a_retriever_that_does_not_standardise_is_refused(tiny_model):
     with pytest.raises(adaptation.AdaptationError, match="finetune frozen"):
         adaptation.of_training(tiny_model)
