@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from esr_utils.retriever import Retriever, StyleRetriever
 
+FEW_STYLES = 5.0  # fewer `effective_styles` of 22: perhaps too few to adapt
 MIN_CLIPS = 50  # with fewer, their own statistics are noise, and those of the training are used
 
 
@@ -42,6 +43,38 @@ class Statistics:
     count: int
     mean: NDArray[np.float32]
     std: NDArray[np.float32]
+
+
+class Mixture:
+    """For training: every clip by statistics drawn anew each epoch, the whole split's, its corpus's or its speaker's.
+
+    A retriever trained so is used to features that are standardised by what is searched.
+    """
+
+    def __init__(self, names: Sequence[str], groups: Sequence[Sequence[str]], pooled: NDArray, training: Statistics):
+        """
+        Args:
+            names: of N clips, or windows of clips.
+            groups: of each kind, the group of each clip, named differently in each.
+            pooled: (N, L, P).
+            training: for groups with too few clips.
+        """
+        self.of = {name: [training] for name in names}
+        for kind in groups:
+            found = gather([(kind, pooled)])
+            own = {name: usable(found[group], training) for name, group in zip(names, kind, strict=True)}
+            for name, statistics in own.items():
+                self.of[name].append(statistics)
+
+    def draw(self, names: Sequence[str], rng: np.random.Generator) -> dict[str, Statistics]:
+        """One of each clip's statistics."""
+        return {name: self.of[name][rng.integers(len(self.of[name]))] for name in names}
+
+
+def stacked(statistics: Sequence[Statistics]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation (B, L, P) of clips that are standardised each by its own."""
+    means, stds = zip(*((one.mean, one.std) for one in statistics), strict=True)
+    return torch.from_numpy(np.stack(means)), torch.from_numpy(np.stack(stds))
 
 
 class Running:
@@ -100,22 +133,45 @@ def of_training(model: Retriever) -> Statistics:
     return Statistics(0, model.speech_head.mean.cpu().numpy(), model.speech_head.std.cpu().numpy())
 
 
-def usable(own: Statistics, training: Statistics, min_clips: int = MIN_CLIPS) -> Statistics:
-    """A group's own statistics, or those of the training where the group has too few clips."""
-    return own if own.count >= min_clips else training
+def usable(own: Statistics, training: Statistics) -> Statistics:
+    """A group's own statistics, or those of the training where the group has under MIN_CLIPS clips."""
+    return own if own.count >= MIN_CLIPS else training
 
 
-@torch.no_grad()
-def vectors(model: Retriever, pooled: NDArray[np.floating], statistics: Statistics) -> NDArray[np.float32]:
-    """Unit vectors (N, d) of pooled features (N, L, P), standardised by `statistics`; the model stays as it is.
+def batch(model: Retriever, pooled: NDArray[np.floating], statistics: Statistics) -> dict:
+    """What `encode_speech` and `speech_vectors` take, of pooled features (N, L, P): the model stays as it is.
 
     Raises:
         AdaptationError: as `of_training`.
     """
     _check(model)
-    features = torch.from_numpy(np.asarray(pooled, dtype=np.float32)).to(model.device)
-    by = tuple(torch.from_numpy(values).to(model.device) for values in (statistics.mean, statistics.std))
-    return model.encode_pooled(features, by).cpu().numpy()
+    by = torch.from_numpy(statistics.mean), torch.from_numpy(statistics.std)
+    return {"pooled": torch.from_numpy(np.asarray(pooled, dtype=np.float32)), "statistics": by}
+
+
+@torch.no_grad()
+def vectors(model: Retriever, pooled: NDArray[np.floating], statistics: Statistics) -> NDArray[np.float32]:
+    """Unit vectors (N, d) of pooled features (N, L, P), standardised by `statistics`.
+
+    Raises:
+        AdaptationError: as `of_training`.
+    """
+    return model.encode_speech(batch(model, pooled, statistics)).cpu().numpy()
+
+
+def effective_styles(vectors: NDArray[np.floating], queries: NDArray[np.floating]) -> float:
+    """How many styles some clips seem to have: 1, all alike, to S, spread evenly.
+
+    The exponential of the entropy of the styles nearest to them. Of vectors made without adaptation, few (`FEW_STYLES`)
+    are a warning: where there is but one style, it is what the clips' own mean and deviation take out. They are no
+    proof, since a strange room makes clips look alike too.
+
+    Args:
+        vectors: (N, d), of at least one clip, by the statistics of the training.
+        queries: (S, d), one a style (`evaluation.style_queries`).
+    """
+    share = np.bincount((vectors @ queries.T).argmax(axis=1), minlength=len(queries)) / len(vectors)
+    return float(np.exp(-(share[share > 0] * np.log(share[share > 0])).sum()))
 
 
 def adapted(model: Retriever, statistics: Statistics) -> StyleRetriever:

@@ -24,6 +24,8 @@ Objective = Literal[
     "classifier",
 ]
 Precision = Literal["auto", "fp32", "bf16"]
+Schedule = Literal["constant", "cosine"]
+Standardise = Literal["training", "mixed"]
 Pooling = Literal["mean", "stats"]
 Diariser = Literal["silero", "funasr"]
 
@@ -153,6 +155,7 @@ class TrainConfig(_Config):
     crop_s: float = 8.0  # seconds, longest piece of a clip seen in training
     learning_rate: float = 1e-3  # encoders, projections, classifier
     discriminator_learning_rate: float = 4e-4  # the paper's is 0.4 of the encoders' too
+    schedule: Schedule = "constant"  # of both rates; cosine: from epoch to epoch down to 0 after `epochs`
     betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
     weight_decay: float = 0.01  # of AdamW
     contrastive_weight: float = 1.0  # lambda_contrast
@@ -169,12 +172,14 @@ class TrainConfig(_Config):
     recompute: bool = False  # run backbone layers again in the backward pass instead of keeping what they computed
     precision: Precision = "auto"  # of matrix products; auto: bf16 on a GPU that has it, else fp32
     level: Level = "normalised"  # loudness gives the style away in acted corpora, so it is taken out by default
+    standardise: Standardise = "training"  # pooled features, by the whole split's statistics; mixed: see `training`
     prompt_bank: str = ""  # path of another bank than data_manifests/prompts.json
     patience: int = 0  # stop after so many epochs without a better validation loss; 0 = never
     seed: int = 0
 
     def __post_init__(self) -> None:
         self._check_choices(objective=Objective, finetune=Finetune, level=Level, precision=Precision)
+        self._check_choices(schedule=Schedule, standardise=Standardise)
         self._check_numbers()
         self._check_positive("epochs", "batch_size", "crop_s", "learning_rate", "discriminator_learning_rate")
         self._check_positive("discriminator_hidden", "layer_decay")
@@ -184,6 +189,8 @@ class TrainConfig(_Config):
             raise ConfigError(f"betas is {self.betas!r}; both must be at least 0 and below 1")
         if isinstance(self.held_out_styles, str):
             raise ConfigError(f"held_out_styles is {self.held_out_styles!r}; it must be a list of styles")
+        if self.standardise == "mixed" and self.finetune == "full":
+            raise ConfigError("standardise is 'mixed', which needs features that stay as they are: finetune 'frozen'")
         if self.objective == "classifier" and not self.classification_weight > 0:
             raise ConfigError("objective is 'classifier' with a classification_weight of 0: nothing would be trained")
 
@@ -202,11 +209,26 @@ class TrainConfig(_Config):
     def demo(cls) -> Self:
         return cls()
 
+    @classmethod
+    def released(cls) -> Self:
+        """Of models/esr-tiny: chosen by cross-validation over training speakers and by leaving corpora out."""
+        return cls(
+            batch_size=64,
+            objective="multi-positive",
+            schedule="cosine",
+            standardise="mixed",
+            adversarial_weight=0.0,
+        )
+
     def stage(self, epoch: int) -> Literal["classify", "align", "adversarial"]:
         """Which stage an epoch (0-based) belongs to (ESR section IV-B)."""
         if epoch < self.classify_epochs or self.objective == "classifier":
             return "classify"
         return "align" if epoch < self.classify_epochs + self.align_epochs else "adversarial"
+
+    def rate(self, epoch: int) -> float:
+        """The learning rates in an epoch (0-based), relative to those above."""
+        return 1.0 if self.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
 
 
 Contrast = Literal["infonce", "hard-negative", "hard-negative-mga-clap", "hard-negative-robinson"]

@@ -8,7 +8,7 @@ of speech.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from esr_utils import batches, runs, weights
+from esr_utils import adaptation, batches, runs, weights
 from esr_utils.audio_files import ContentNames
 from esr_utils.config import SAMPLE_RATE, Level
 from esr_utils.fusion import FusionRetriever, pool_frames
@@ -245,16 +245,29 @@ class Embeddings:
 
 
 @torch.no_grad()
-def embed(model: Retriever, cuts: CutSet, level: Level, cache: Path | None = CACHE) -> Embeddings:
+def embed(
+    model: Retriever,
+    cuts: CutSet,
+    level: Level,
+    cache: Path | None = CACHE,
+    groups: Mapping[str, str] | None = None,
+) -> Embeddings:
     """Embeds clips: whole up to 30 s, a longer one as the normalised mean over its windows of at most 8 s.
 
     Args:
         cache: where the frames of a frozen backbone are kept; None keeps nothing (and is what a tuned backbone gets).
+        groups: utterance_id -> the group by whose own statistics its features are standardised, if there are enough
+            (see `adaptation`); None takes those of the training for all.
+
+    Raises:
+        adaptation.AdaptationError: there are groups, and this retriever cannot adapt.
     """
     model.eval()
     parts = batches.pieces(cuts)
     owner = {cut.id: batches.utterance_id(cut) for cut in parts}
-    if cache is None or model.speech_is_tuned:
+    if groups is not None:
+        ids, found, skipped = _embed_adapted(model, parts, level, cache, [groups[owner[cut.id]] for cut in parts])
+    elif cache is None or model.speech_is_tuned:
         ids, found, skipped = _embed_waveforms(model, parts, level)
     else:
         ids, found, skipped = _embed_frozen(model, parts, level, cache)
@@ -286,6 +299,21 @@ def _embed_frozen(
     found = [_vectors_and_logits(model, padded_frames([kept.frames[i] for i in part])) for part in rows]
     vectors, logits = zip(*found, strict=True) if found else zip(*[_nothing(model)], strict=True)
     return [kept.cut_ids[i] for i in order], (torch.cat(vectors), torch.cat(logits)), kept.skipped
+
+
+def _embed_adapted(
+    model: Retriever, parts: CutSet, level: Level, cache: Path | None, groups: list[str]
+) -> tuple[list[str], tuple[Tensor, Tensor], pd.DataFrame]:
+    training = adaptation.of_training(model)
+    features = frozen_features(model, parts, level, cache or CACHE)
+    of_cut = dict(zip((cut.id for cut in parts), groups, strict=True))
+    group, pooled = np.array([of_cut[cut_id] for cut_id in features.cut_ids]), features.pooled.numpy()
+    vectors, logits = (one.new_zeros(len(group), one.shape[1]) for one in _nothing(model))
+    for name, own in adaptation.gather([(group, pooled)]).items():
+        rows = np.flatnonzero(group == name)
+        batch = adaptation.batch(model, pooled[rows], adaptation.usable(own, training))
+        vectors[rows], logits[rows] = _vectors_and_logits(model, batch)
+    return features.cut_ids, (vectors, logits), features.skipped
 
 
 def _nothing(model: Retriever) -> tuple[Tensor, Tensor]:

@@ -136,6 +136,7 @@ def evaluate(
     systems: Sequence[str] = SYSTEMS,
     held_out_styles: Sequence[str] = (),
     bank: PromptBank | None = None,
+    adapt: str = "",
 ) -> Evaluation:
     """Evaluates on each corpus of the manifest's split. Clips without a style are left out.
 
@@ -145,9 +146,12 @@ def evaluate(
         systems: those of SYSTEMS that the model was trained for (`options`); one without a classifier has no such.
         held_out_styles: styles that it was not trained on; results then tell them apart.
         bank: of the prompts; None is the project's.
+        adapt: a column, such as `corpus` or `speaker`: the features of each corpus's clips that agree in it are
+            standardised by their own statistics, without any label (see `adaptation`). Empty: by the training's.
 
     Raises:
-        ValueError: the split has no labelled clip, or a corpus has fewer than two styles in it.
+        adaptation.AdaptationError: this retriever cannot adapt.
+        ValueError: no such column, the split has no labelled clip, or a corpus has fewer than two styles in it.
     """
     started = time.perf_counter()
     systems = [system for system in systems if system != "classifier" or model.classifier is not None]
@@ -155,7 +159,10 @@ def evaluate(
     if rows.empty:
         raise ValueError(f"no clip of split {split!r} has a style; splits here: {sorted(manifest['split'].unique())}")
     rows = rows.assign(trained=np.where(rows["style"].isin(held_out_styles), "no", "yes"))
-    embeddings = embed(model, to_cuts(rows), level, cache)
+    if adapt and adapt not in rows:
+        raise ValueError(f"adapt is {adapt!r}, which is no column of the manifest; a usual one is corpus or speaker")
+    groups = dict(zip(rows["utterance_id"], rows["corpus"] + "/" + rows[adapt], strict=True)) if adapt else None
+    embeddings = embed(model, to_cuts(rows), level, cache, groups)
     position = pd.Series(range(len(embeddings.utterance_ids)), index=embeddings.utterance_ids)
     found = Evaluation(embeddings=embeddings, skipped=embeddings.skipped, systems=tuple(systems))
     per_style = []

@@ -212,6 +212,8 @@ def _chunks(batch: dict, size: int) -> list[dict]:
     for start in range(0, count, size):
         chunk = {key: batch[key][start : start + size] for key in ("pooled", "waveform", "n_samples") if key in batch}
         chunk["style"] = batch["style"][start : start + size]
+        if "statistics" in batch:
+            chunk["statistics"] = tuple(one[start : start + size] for one in batch["statistics"])
         if "waveform" in chunk:
             chunk["waveform"] = chunk["waveform"][:, : int(chunk["n_samples"].max())]
         chunks.append(chunk)

@@ -253,8 +253,9 @@ class SpeechHead(nn.Module):
         return not (bool((self.mean == 0).all()) and bool((self.std == 1).all()))
 
     def forward(self, pooled: Tensor, statistics: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """(B, L, P) -> (B, d), standardised by a mean and a deviation (L, P), its own unless others are given."""
-        mean, std = statistics or (self.mean, self.std)
+        """(B, L, P) -> (B, d), standardised by mean and deviation, its own unless others are given: (L, P) or a clip's
+        each (B, L, P)."""
+        mean, std = (one.to(pooled.device) for one in statistics or (self.mean, self.std))
         pooled = (pooled - mean) / std
         mixed = pooled[:, 0] if self.mix is None else torch.einsum("blp,l->bp", pooled, self.layer_weights)
         return self.projection(mixed)
@@ -286,13 +287,10 @@ class StyleRetriever(Retriever):
     def speech_vectors(self, batch: dict) -> Tensor:
         """e_s, (B, d), not normalised, of a batch with `waveform` (B, S) at 16 kHz and `n_samples` (B,), or `pooled`.
 
-        What the losses and the style classifier take.
+        What the losses and the style classifier take. With `statistics`, a mean and a deviation, the features are
+        standardised by those (see `adaptation`).
         """
-        return self.speech_head(self.pooled(batch))
-
-    def encode_pooled(self, pooled: Tensor, statistics: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """(B, d), L2-normalised, of pooled features (B, L, P), by other statistics (see `adaptation`) where given."""
-        return F.normalize(self.speech_head(pooled, statistics), dim=-1)
+        return self.speech_head(self.pooled(batch), batch.get("statistics"))
 
     def text_vectors(self, texts: list[str]) -> Tensor:
         """e_t, (B, d), not normalised: what the losses take."""

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 PROJECT = Path(__file__).resolve().parents[1]
 RUNS = PROJECT / "runs"
+RELEASED = PROJECT / "models" / "esr-tiny"  # a run folder too: config.json and best/, and a card
 DEFAULT_RUN = "train"  # what 03_train writes and the notebooks after it read, unless told otherwise
 
 

@@ -1,4 +1,9 @@
-"""The paper's training: styles and their prompts, in stages (ESR section IV-B); `fitting` has the loop."""
+"""The paper's training: styles and their prompts, in stages (ESR section IV-B); `fitting` has the loop.
+
+With `standardise` "mixed" a clip's pooled features are standardised by the statistics of the whole training split, of
+its corpus or of its speaker, drawn anew each epoch: what an index that adapts will give (`adaptation`). Validation is
+by the split's.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +15,7 @@ import pandas as pd
 import torch
 from lhotse.cut import Cut
 
-from esr_utils import batches, embedding, provenance, runs, weights
+from esr_utils import adaptation, batches, embedding, provenance, runs, weights
 from esr_utils.config import ConfigError, ModelConfig, TrainConfig
 from esr_utils.fitting import Fitting
 from esr_utils.losses import NO_STYLE
@@ -129,6 +134,7 @@ class _Trainer(Fitting):
         if unknown := set(config.held_out_styles) - set(STYLES):
             raise ConfigError(f"held_out_styles: {', '.join(sorted(unknown))} unknown; styles: {', '.join(STYLES)}")
         self.caption = dict(zip(manifest["utterance_id"], manifest["caption"], strict=True))
+        self.mixture: adaptation.Mixture | None = None
         with self.accelerator.main_process_first():  # the others then find the frames
             self.clips = {split: self._clips(retriever, manifest, split, cache) for split in ("train", "val")}
         if config.objective != "classifier":
@@ -150,6 +156,8 @@ class _Trainer(Fitting):
         self.skipped |= dict(features.skipped.itertuples(index=False, name=None))
         if split == "train" and len(features.pooled):
             retriever.speech_head.fit(features.pooled.to(retriever.device))
+            if self.config.standardise == "mixed":
+                self.mixture = _mixture(retriever, rows, features, cuts)
         return embedding.FrozenClips(features, cuts, self.config.batch_size)
 
     def _embed_prompts(self, retriever: StyleRetriever, manifest: pd.DataFrame) -> None:
@@ -162,13 +170,21 @@ class _Trainer(Fitting):
             retriever.text.embed(prompts)
         retriever.text.release()
 
+    def _epoch(self) -> dict:
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * self.config.rate(self.progress.epoch)
+        return super()._epoch()
+
     def _batches(self, split: str, rng: np.random.Generator, limit: int | None = None):
         """(batch, prompts) of a split in an order drawn from rng: of each batch, this process's share."""
         plan = self.clips[split].plan(rng)[:limit]
         prompts = {batches.utterance_id(cut): self._prompt(cut, rng) for cuts in plan for cut in cuts}
+        mixed = self.mixture.draw(list(prompts), rng) if self.mixture and split == "train" else {}
         shares = [cuts[self.accelerator.process_index :: self.accelerator.num_processes] for cuts in plan]
         for batch in self.clips[split].load(shares):
             self.skipped |= dict(batch["skipped"])
+            if mixed and batch["utterance_id"]:
+                batch["statistics"] = adaptation.stacked([mixed[utterance] for utterance in batch["utterance_id"]])
             yield batch, [prompts[utterance] for utterance in batch["utterance_id"]]
 
     def _prompt(self, cut: Cut, rng: np.random.Generator) -> str:
@@ -177,6 +193,15 @@ class _Trainer(Fitting):
         if style == NO_STYLE:
             return self.caption[batches.utterance_id(cut)]
         return self.bank.sample(STYLES[style], rng, self.config.augment_prompts)
+
+
+def _mixture(retriever: StyleRetriever, rows: pd.DataFrame, features: embedding.Features, cuts) -> adaptation.Mixture:
+    """Of the training split: its clips' corpora, and their speakers."""
+    owner = {cut.id: batches.utterance_id(cut) for cut in cuts}
+    names = [owner[cut_id] for cut_id in features.cut_ids]
+    clips = rows.set_index("utterance_id").loc[names]
+    groups = [clips["corpus"].tolist(), (clips["corpus"] + "/" + clips["speaker"]).tolist()]
+    return adaptation.Mixture(names, groups, features.pooled.numpy(), adaptation.of_training(retriever))
 
 
 def parameter_groups(objective: Objective) -> list[dict]:
@@ -195,7 +220,8 @@ def parameter_groups(objective: Objective) -> list[dict]:
             rate *= config.layer_decay ** (speech.n_layers - speech.depth(name.removeprefix("retriever.speech.")))
         by_rate.setdefault(rate, []).append(parameter)
     groups = [{"params": parameters, "lr": rate} for rate, parameters in by_rate.items()]
-    return [*groups, {"params": list(objective.discriminator.parameters()), "lr": config.discriminator_learning_rate}]
+    groups.append({"params": list(objective.discriminator.parameters()), "lr": config.discriminator_learning_rate})
+    return [group | {"peak": group["lr"]} for group in groups]
 
 
 if __name__ == "__main__":  # accelerate launch --multi_gpu --num_processes 2 -m esr_utils.training RUN

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from esr_utils import adaptation
+from esr_utils import adaptation, evaluation
 from esr_utils.adaptation import Statistics
 from esr_utils.config import FusionConfig
+from esr_utils.embedding import embed, frozen_features
 from esr_utils.fusion import FusionRetriever
+from esr_utils.manifests import to_cuts
 
 
 def pooled(n: int, seed: int = 0, offset: float = 0.0) -> np.ndarray:
@@ -73,7 +75,6 @@ def test_under_fifty_clips_the_training_statistics_are_used():
     few, enough = (Statistics(n, training.mean + 5, training.std * 2) for n in (49, 50))
     assert adaptation.usable(few, training) is training
     assert adaptation.usable(enough, training) is enough
-    assert adaptation.usable(few, training, min_clips=49) is few
 
 
 def test_by_the_training_statistics_vectors_are_the_retrievers_own(fitted):
@@ -105,6 +106,63 @@ def test_a_shift_and_a_scale_of_the_recording_are_undone(fitted):
     of = [adaptation.gather([(["one"] * 60, part)])["one"] for part in (rows, elsewhere)]
     here, there = (adaptation.vectors(fitted, part, own) for part, own in zip((rows, elsewhere), of, strict=True))
     np.testing.assert_allclose(here, there, atol=1e-3)
+
+
+def test_in_a_mixture_each_clip_has_its_groups_and_the_training_where_they_are_small(monkeypatch):
+    monkeypatch.setattr(adaptation, "MIN_CLIPS", 2)
+    training = Statistics(0, np.zeros((1, 1), np.float32), np.ones((1, 1), np.float32))
+    # means by corpus: c 2 (0, 2, 4), d 10; by speaker: c/x 1 (0, 2), and one clip each of c/y and d/x
+    rows = np.array([0.0, 2.0, 4.0, 10.0]).reshape(4, 1, 1)
+    groups = [["c", "c", "c", "d"], ["c/x", "c/x", "c/y", "d/x"]]
+    mixture = adaptation.Mixture(["1", "2", "3", "4"], groups, rows, training)
+    means = {name: [float(one.mean.squeeze()) for one in of] for name, of in mixture.of.items()}
+    assert means == {"1": [0, 2, 1], "2": [0, 2, 1], "3": [0, 2, 0], "4": [0, 0, 0]}
+    rng = np.random.default_rng(0)
+    drawn = [float(mixture.draw(["1"], rng)["1"].mean.squeeze()) for _ in range(300)]
+    assert all(70 < drawn.count(mean) < 130 for mean in (0, 1, 2))
+
+
+def test_clips_are_embedded_by_the_statistics_of_their_group(fitted, manifest, tmp_path, monkeypatch):
+    """Against a copy of the head refitted to each group in turn; the small group keeps the training's."""
+    rows = manifest.sort_values("utterance_id").reset_index(drop=True)
+    cuts, groups = to_cuts(rows), np.where(np.arange(len(rows)) % 3 == 0, "few", "many")
+    monkeypatch.setattr(adaptation, "MIN_CLIPS", int((groups == "many").sum()))
+    of_clip = dict(zip(rows["utterance_id"], groups, strict=True))
+    found = embed(fitted, cuts, "normalised", tmp_path, of_clip)
+    plain = embed(fitted, cuts, "normalised", tmp_path)
+    assert found.utterance_ids == plain.utterance_ids
+    many = np.array([of_clip[name] == "many" for name in found.utterance_ids])
+    np.testing.assert_allclose(found.vectors[~many], plain.vectors[~many], atol=1e-5)
+    np.testing.assert_allclose(found.logits[~many], plain.logits[~many], atol=1e-5)
+    features = frozen_features(fitted, cuts, "normalised", tmp_path).pooled[torch.from_numpy(many)]
+    fitted.speech_head.fit(features)
+    again = embed(fitted, cuts, "normalised", tmp_path)
+    np.testing.assert_allclose(found.vectors[many], again.vectors[many], atol=1e-4)
+    np.testing.assert_allclose(found.logits[many], again.logits[many], atol=1e-4)
+    assert np.abs(found.vectors[many] - plain.vectors[many]).max() > 0.01  # else nothing was tested
+
+
+def test_an_evaluation_adapts_by_a_column_within_each_corpus(fitted, manifest, tmp_path, monkeypatch):
+    asked, own_embed = [], evaluation.embed
+
+    def noted(model, cuts, level, cache, groups):
+        asked.append(groups)
+        return own_embed(model, cuts, level, cache, groups)
+
+    monkeypatch.setattr(evaluation, "embed", noted)
+    evaluation.evaluate(fitted, manifest, "train", cache=tmp_path, n_trials=5, adapt="speaker")
+    one = manifest[manifest["split"] == "train"].iloc[0]
+    assert asked[0][one["utterance_id"]] == f"{one['corpus']}/{one['speaker']}"
+    with pytest.raises(ValueError, match="no column"):
+        evaluation.evaluate(fitted, manifest, "train", cache=tmp_path, n_trials=5, adapt="room")
+
+
+def test_how_many_styles_clips_seem_to_have():
+    queries = np.eye(4)
+    assert adaptation.effective_styles(np.eye(4), queries) == pytest.approx(4)
+    assert adaptation.effective_styles(np.eye(4)[[2, 2, 2]], queries) == pytest.approx(1)
+    # half of one style, a quarter each of two: 2^(1/2) * 4^(1/4) * 4^(1/4) = 2^1.5
+    assert adaptation.effective_styles(np.eye(4)[[0, 0, 1, 2]], queries) == pytest.approx(2**1.5)
 
 
 def test_a_retriever_that_does_not_standardise_is_refused(tiny_model):

@@ -16,7 +16,7 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 
-from esr_utils import checkpoints, objective, provenance, runs, training, weights
+from esr_utils import adaptation, checkpoints, objective, provenance, runs, training, weights
 from esr_utils.config import ConfigError, ModelConfig, TrainConfig
 from esr_utils.prompts import PROMPTS_PATH, PromptBank
 from esr_utils.provenance import RunExists
@@ -273,6 +273,71 @@ def test_the_discriminator_has_a_learning_rate_of_its_own(train, monkeypatch):
     (ours, rate), (theirs, other_rate) = groups
     assert (rate, other_rate) == (1e-2, 4e-3) and theirs == 4 and ours == 13
     # ours: the classifier's 4; mix and 4 of the speech head; 2 of the text head; scale and bias
+
+
+def test_by_the_cosine_both_rates_fall_and_a_stopped_run_goes_on_with_them(train, monkeypatch):
+    rates, step = [], training._Trainer._step
+
+    def noted(self, *args):
+        rates.append([group["lr"] for group in self.optimizer.param_groups])
+        return step(self, *args)
+
+    monkeypatch.setattr(training._Trainer, "_step", noted)
+    train("whole", schedule="cosine")
+    per_epoch = len(rates) // 5
+    fall = [1.0, 0.9045085, 0.6545085, 0.3454915, 0.0954915]  # (1 + cos(pi e / 5)) / 2
+    np.testing.assert_allclose(rates[::per_epoch], np.outer(fall, [1e-2, 4e-3]), rtol=1e-6)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        stop_in_epoch(patch, 3)
+        train("stopped", schedule="cosine")
+    train("stopped", schedule="cosine")
+    assert lines(train.folder / "stopped") == lines(train.folder / "whole")
+    assert_equal(best(train.folder / "stopped"), best(train.folder / "whole"))
+
+
+def test_mixed_clips_are_standardised_by_the_split_or_the_speaker(train, manifest, monkeypatch):
+    """Against numpy, on the features of every clip. There is one corpus, so the corpus is the split."""
+    monkeypatch.setattr(adaptation, "MIN_CLIPS", 1)
+    seen, kept = [], {}
+    backward, features = objective.Objective.backward, training.embedding.frozen_features
+
+    def noted(self, batch, prompts, stage):
+        seen.extend(zip(batch["utterance_id"], *batch["statistics"], strict=True))
+        return backward(self, batch, prompts, stage)
+
+    def noted_features(model, cuts, level, cache):
+        found, owner = features(model, cuts, level, cache), {cut.id: cut.custom["utterance_id"] for cut in cuts}
+        kept.update((owner[i], x) for i, x in zip(found.cut_ids, found.pooled.numpy().astype(float), strict=True))
+        return found
+
+    monkeypatch.setattr(objective.Objective, "backward", noted)
+    monkeypatch.setattr(training.embedding, "frozen_features", noted_features)
+    train("run", standardise="mixed", crop_s=8.0)
+    speaker = manifest[manifest["split"] == "train"].set_index("utterance_id")["speaker"]
+    groups = {"": speaker.index} | {name: speaker.index[speaker == name] for name in set(speaker)}
+    expected = {name: np.stack([kept[clip] for clip in clips]) for name, clips in groups.items()}
+    used = {"": 0, "own": 0}
+    for clip, mean, std in seen:
+        kind = "" if np.allclose(mean, expected[""].mean(0), atol=1e-4) else "own"
+        pooled = expected["" if kind == "" else speaker[clip]]
+        np.testing.assert_allclose(mean, pooled.mean(0), atol=1e-4)
+        np.testing.assert_allclose(std, np.maximum(pooled.std(0), 1e-4), atol=1e-4)
+        used[kind] += 1
+    assert len(seen) == 5 * len(speaker) and 0.15 < used["own"] / len(seen) < 0.55  # one in three
+
+
+def test_a_stopped_mixed_run_goes_on_as_if_it_had_not_been(train):
+    train("whole", standardise="mixed")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        stop_in_epoch(patch, 3)
+        train("stopped", standardise="mixed")
+    train("stopped", standardise="mixed")
+    assert lines(train.folder / "stopped") == lines(train.folder / "whole")
+
+
+def test_mixed_needs_features_that_stay_as_they_are():
+    with pytest.raises(ConfigError, match="standardise is 'mixed'"):
+        CONFIG.but(standardise="mixed", finetune="full")
 
 
 # Resume -----------------------------------------------------------------------------------------------------
@@ -771,7 +836,7 @@ def test_the_papers_recipe_to_the_letter():
         ("epochs", -1), ("epochs", "3"), ("batch_size", 2.5), ("batch_size", 0), ("max_steps", -1),
         ("layer_decay", 2.0), ("layer_decay", 0.0), ("adversarial_weight", float("nan")), ("classify_epochs", -5),
         ("chunk_size", -1), ("betas", (0.9, 1.0)), ("precision", "fp16"), ("held_out_styles", "calm"), ("seed", -1),
-        ("crop_s", True),
+        ("crop_s", True), ("schedule", "linear"),
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused_by_name(setting, value):

@@ -1,0 +1,177 @@
+"""What adapting an index to what it holds brings, and where it harms: each corpus left out of the training in turn.
+
+    python benchmarks/adaptation.py      with $ESR_DATA = <folder with ravdess, emodb, nemo>
+
+Trained on the other two and the demo corpus, seeds 0-2; tested on the left-out one's training and validation speakers,
+none of whom was heard, and its styles that the others have: its test split takes no part in what is chosen here.
+Prints Markdown, and keeps runs in runs/adaptation/. Interrupted, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from esr_utils import adaptation, embedding, evaluation, intervals, manifests, runs, scoring, tables, training, trials
+from esr_utils.adaptation import Statistics
+from esr_utils.config import ModelConfig, TrainConfig
+from esr_utils.retriever import StyleRetriever
+from esr_utils.styles import STYLES
+
+SEEDS = (0, 1, 2)
+CORPORA = ("ravdess", "emodb", "nemo")
+FOLDER = runs.RUNS / "adaptation"
+WAYS = ("training", "corpus", "speaker")  # whose statistics
+SIZES = (10, 20, 50, 100, 200)
+DRAWS = 20  # of clips, of each size and seed
+
+
+@dataclass
+class LeftOut:
+    """A corpus and a retriever that has not met it.
+
+    Attributes:
+        clips: sorted by utterance_id, those of styles that were trained on.
+        pooled: (N, L, P) fp16, as an index keeps them.
+    """
+
+    model: StyleRetriever
+    clips: pd.DataFrame
+    pooled: np.ndarray
+
+    def scores(self, rows: np.ndarray, statistics: Statistics) -> np.ndarray:
+        """(len(rows), S), to the seen prompts of each style."""
+        queries = evaluation.style_queries(self.model, self.styles, "seen")
+        return adaptation.vectors(self.model, self.pooled[rows], statistics) @ queries.T
+
+    @property
+    def styles(self) -> list[str]:
+        return sorted(set(self.clips["style"]))
+
+    @property
+    def truth(self) -> np.ndarray:
+        return self.clips["style"].map(self.styles.index).to_numpy()
+
+    def own(self, rows: np.ndarray) -> Statistics:
+        """The statistics of some rows, however few."""
+        return adaptation.gather([(["all"] * len(rows), self.pooled[rows])])["all"]
+
+    def adapted(self, way: str) -> np.ndarray:
+        """(N, S), every clip by the statistics of its group."""
+        training_own = adaptation.of_training(self.model)
+        groups = {"training": [""] * len(self.clips), "corpus": self.clips["corpus"], "speaker": self.clips["speaker"]}
+        groups, found = np.asarray(groups[way]), np.zeros((len(self.clips), len(self.styles)), np.float32)
+        for group in np.unique(groups):
+            rows = np.flatnonzero(groups == group)
+            by = training_own if way == "training" else adaptation.usable(self.own(rows), training_own)
+            found[rows] = self.scores(rows, by)
+        return found
+
+
+def left_out(corpus: str, seed: int) -> LeftOut:
+    others = manifests.load_corpora([*(name for name in CORPORA if name != corpus), "demo"])
+    config = TrainConfig.released().but(seed=seed)
+    model = training.fit(others, FOLDER / f"without-{corpus}-{seed}", ModelConfig(), config)
+    clips = manifests.load_corpora(corpus)
+    known = set(others.loc[others["corpus"] != "demo", "style"])  # the demo's styles are by rule
+    clips = clips[(clips["split"] != "test") & clips["style"].isin(known)].sort_values("utterance_id")
+    clips = clips.assign(split="left out")
+    features = embedding.frozen_features(model, manifests.to_cuts(clips), config.level)
+    clips = clips.set_index("utterance_id", drop=False).loc[features.cut_ids].reset_index(drop=True)
+    return LeftOut(model, clips, features.pooled.half().numpy())
+
+
+def compared(found: list[LeftOut]) -> pd.DataFrame:
+    """A row for each way, of a corpus: values as means over the seeds, differences from no adaptation paired by
+    replicate (speakers, then their utterances, all seeds on the same clips)."""
+    clips, rows = found[0].clips, []
+    values: dict[str, tuple[dict, dict]] = {}
+    scorer = scoring.Scorer(clips, trials.build_trials(clips, clips.at[0, "corpus"], "left out"), 0)
+    for way in WAYS:
+        of_seeds = []
+        for one in found:
+            scores = one.adapted(way)
+            trial_values, trial_replicates, _ = scorer.retrieval(scores)
+            class_values, class_replicates = scorer.classification(scores)
+            of_seeds.append((trial_values | class_values, trial_replicates | class_replicates))
+        mean = {name: np.mean([v[name] for v, _ in of_seeds]) for name in ("r@1", "r@10", "accuracy")}
+        drawn = {name: np.mean([r[name] for _, r in of_seeds], axis=0) for name in mean}
+        values[way] = mean, drawn
+        row: dict = {"corpus": clips.at[0, "corpus"], "statistics of the": way}
+        for name in mean:
+            row[name] = tables.Cell(mean[name], tuple(intervals.interval(drawn[name], mean[name])))
+        if way != "training":
+            for name in ("r@10", "accuracy"):
+                difference = mean[name] - values["training"][0][name]
+                replicates = drawn[name] - values["training"][1][name]
+                bounds = intervals.interval(replicates, difference, (-1.0, 1.0))
+                row[f"{name} gained"] = tables.Cell(difference, tuple(bounds), difference=True)
+        rows.append(row)
+    return pd.DataFrame(rows).fillna("")
+
+
+def accuracy(one: LeftOut, rows: np.ndarray, own: bool) -> float:
+    """Zero-shot accuracy on some clips, by their own statistics, however few they are, or by those of the training."""
+    by = one.own(rows) if own else adaptation.of_training(one.model)
+    return float((one.scores(rows, by).argmax(1) == one.truth[rows]).mean())
+
+
+def of_few(found: list[LeftOut]) -> list[dict]:
+    """Accuracy on n clips drawn at random, were they the whole index: where adapting begins to help."""
+    rows = []
+    for n in SIZES:
+        gains = []
+        for seed, one in enumerate(found):
+            rng = np.random.default_rng([n, seed])
+            draws = [rng.choice(len(one.clips), n, replace=False) for _ in range(DRAWS)]
+            gains += [(accuracy(one, draw, False), accuracy(one, draw, True)) for draw in draws]
+        before, after = np.transpose(gains)
+        rows.append({
+            "corpus": found[0].clips.at[0, "corpus"], "clips": n, "training's": f"{before.mean():.2f}",
+            "their own": f"{after.mean():.2f}", "draws that gain": f"{(after > before).mean():.2f}",
+        })  # fmt: skip
+    return rows
+
+
+def few_styles(one: LeftOut, rows: np.ndarray) -> bool:
+    """Whether some clips look as if they had too few styles to adapt."""
+    every = evaluation.style_queries(one.model, list(STYLES), "seen")
+    before = adaptation.vectors(one.model, one.pooled[rows], adaptation.of_training(one.model))
+    return adaptation.effective_styles(before, every) < adaptation.FEW_STYLES
+
+
+def of_one_style(found: list[LeftOut], share: float, n: int = 100) -> list[dict]:
+    """n clips of which a share is of one style, each style in turn; share 0: drawn from all clips."""
+    rows = []
+    for seed, one in enumerate(found):
+        rng = np.random.default_rng([seed, n])
+        for style in range(len(one.styles)):
+            same, others = np.flatnonzero(one.truth == style), np.flatnonzero(one.truth != style)
+            size = min(n, int(len(same) / share)) if share else n
+            if size < adaptation.MIN_CLIPS:
+                continue
+            kept = round(share * size)
+            draw = np.concatenate([rng.choice(same, kept, False), rng.choice(others, size - kept, False)])
+            if not share:
+                draw = rng.choice(len(one.clips), n, replace=False)
+            accuracies = accuracy(one, draw, False), accuracy(one, draw, True)
+            rows.append((*accuracies, few_styles(one, draw)))
+    before, after, warned = np.mean(rows, axis=0)
+    name = f"{share:.0%} of one style" if share else "drawn from all"
+    return [{"corpus": found[0].clips.at[0, "corpus"], "clips": name, "draws": len(rows),
+             "training's": f"{before:.2f}", "their own": f"{after:.2f}", "warned of": f"{warned:.2f}"}]  # fmt: skip
+
+
+def show(title: str, table: pd.DataFrame) -> None:
+    print(f"\n### {title}\n\n{table.to_markdown(index=False)}", flush=True)
+
+
+if __name__ == "__main__":
+    found = {corpus: [left_out(corpus, seed) for seed in SEEDS] for corpus in CORPORA}
+    show("By whose statistics, each corpus left out of the training", pd.concat(map(compared, found.values())))
+    few = [row for of_seeds in found.values() for row in of_few(of_seeds)]
+    show("Accuracy on few clips, by the training's statistics and by their own", pd.DataFrame(few))
+    harm = [row for of_seeds in found.values() for share in (0, 0.7, 0.9, 1) for row in of_one_style(of_seeds, share)]
+    show("Accuracy where one style prevails, and how often that is noticed", pd.DataFrame(harm))
