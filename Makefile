@@ -28,8 +28,9 @@ results: .venv/installed  ## the README's table on real speech: make results ESR
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] <= (3, 13) else \
 		f"This project needs Python 3.11, 3.12 or 3.13; {sys.executable} is {v[0]}.{v[1]}. Name another: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps resemblyzer==0.1.4  # its webrtcvad needs a compiler
+	$(BIN)/python -c "import librosa.core.audio, librosa.core.pitch"  # numba's cache: two that fill it at once would spoil it
 	touch $@
 
 .venv/scale: .venv/installed requirements-scale.txt  # Ray, which only 12_scale_out and its tests need

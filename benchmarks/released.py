@@ -3,8 +3,8 @@
     python benchmarks/released.py            trains and evaluates, prints the table
     python benchmarks/released.py --write    and writes models/esr-tiny from the run of seed 0
 
-With $ESR_DATA = <folder with ravdess, emodb, nemo>. Each run is what 03_train makes of the command in the card, and one
-that is there already, in runs/esr-tiny/, is taken. Which seed is released was settled before any was tested.
+With $ESR_DATA = <folder with ravdess, emodb, nemo>. A run that is there already, in runs/esr-tiny/, is taken. Which
+seed is released was settled before any was tested.
 """
 
 from __future__ import annotations

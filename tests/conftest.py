@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 
 # Read when these libraries are imported: no progress bars, no network, no warning about forks.
 os.environ["TQDM_DISABLE"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# Two processes that compile at once spoil numba's cache: whoever reads it then crashes, for good.
-os.environ["NUMBA_CACHE_DIR"] = os.path.join(sys.prefix, "numba", os.environ.get("PYTEST_XDIST_WORKER", "main"))
 
 import copy
 import shutil

@@ -174,8 +174,7 @@ def folder(speech, tmp_path):
 @pytest.fixture
 def few(monkeypatch):
     """Three moments are enough."""
-    usable = adaptation.usable
-    monkeypatch.setattr(adaptation, "usable", lambda own, training: usable(own, training, 3))
+    monkeypatch.setattr(adaptation, "MIN_CLIPS", 3)
 
 
 def test_recordings_adapt_and_an_example_is_heard_as_they_are(model, folder, tmp_path, few):
