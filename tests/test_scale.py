@@ -7,7 +7,6 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -81,27 +80,7 @@ def check_same(index: IndexTable, expected: IndexTable, columns: tuple[str, ...]
     pd.testing.assert_frame_equal(index.files().sort_index(), expected.files().sort_index())
 
 
-def check_report(report: recordings.Report, expected: recordings.Report) -> None:
-    assert asdict(report) == asdict(expected) | {"speech_s": pytest.approx(expected.speech_s)}
-
-
 # Recordings -------------------------------------------------------------------------------------------------
-
-
-def test_the_same_numbers_and_the_same_report_as_one_process(
-    folder, tmp_path, tiny_model, alone, tiny_run, monkeypatch
-):
-    index = Index.create(tmp_path / "index", tiny_model, channels="split")
-    (folder / "labels.csv").write_text("path,speaker\n1.wav,anna\n2.wav,ben\ndeep/call.flac,anna\n")
-    found = recordings.find(folder)
-    report = scale.refresh(index, found, tiny_run, WORKERS)
-    expected, of_one = alone(folder, "split")
-    check_same(index, expected, ("speaker",))
-    check_report(report, of_one)
-    assert "broken.wav" in str(report.problems) and report.embedded == 10
-    monkeypatch.setattr(scale, "_job", None)  # it would fail
-    again = scale.refresh(index, found, tiny_run, WORKERS)
-    assert (again.embedded, again.unchanged, again.problems) == (0, 10, {})
 
 
 class Sick(Listener):
@@ -120,9 +99,11 @@ class Sick(Listener):
         super().embed(batch, done)
 
 
-def test_a_killed_worker_loses_and_doubles_nothing_and_bad_files_cost_but_themselves(
-    folder, index, alone, tiny_run, monkeypatch
+def test_a_killed_worker_loses_and_doubles_nothing_and_the_numbers_are_those_of_one_process(
+    folder, tmp_path, tiny_model, alone, tiny_run, monkeypatch
 ):
+    (folder / "labels.csv").write_text("path,speaker\n1.wav,anna\n2.wav,ben\ndeep/call.flac,anna\n")
+    index = Index.create(tmp_path / "index", tiny_model, channels="split")
     victim, killed = folder / "victim", []
 
     def kill():
@@ -142,10 +123,10 @@ def test_a_killed_worker_loses_and_doubles_nothing_and_bad_files_cost_but_themse
     assert set(report.left_out) == {str(folder / "4.wav"), str(folder / "5.wav")}
     assert "died, 1 times" in report.left_out[str(folder / "4.wav")]
     assert report.left_out[str(folder / "5.wav")] == "failed: MemoryError: too much"
-    expected, of_one = alone(folder)
+    expected, of_one = alone(folder, "split")
     expected.delete_files(report.left_out)
-    check_same(index, expected)
-    assert (report.embedded, report.problems) == (8, of_one.problems)
+    check_same(index, expected, ("speaker",))
+    assert (report.embedded, report.problems) == (8, of_one.problems) and "broken.wav" in str(report.problems)
 
 
 def test_an_interrupted_driver_goes_on(folder, index, alone, tiny_run, monkeypatch):
