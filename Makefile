@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
-.PHONY: demo test lab figures results
+.PHONY: demo test test-scale lab figures results
 
 demo: .venv/installed  ## train, evaluate and search on the demo corpus; everything it writes is in runs/quickstart
 	mkdir -p runs/quickstart
@@ -10,8 +10,11 @@ demo: .venv/installed  ## train, evaluate and search on the demo corpus; everyth
 	$(BIN)/jupyter nbconvert --log-level=ERROR --to html runs/quickstart/00_quickstart.ipynb
 	@echo "Open runs/quickstart/00_quickstart.html to see and hear it; results.json and figures/ are beside it."
 
-test: .venv/scale  ## the whole test suite
+test: .venv/installed  ## the test suite; what needs Ray is skipped where it is not installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder  # else the notebooks, few and long, come last
+
+test-scale: .venv/scale  ## what needs Ray, whose start alone takes a minute of two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_scale.py tests/test_notebooks_scale.py
 
 lab: .venv/installed  ## JupyterLab
 	$(BIN)/jupyter lab notebooks
