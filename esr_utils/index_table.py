@@ -217,6 +217,7 @@ def matrix(vectors: pa.FixedSizeListArray | pa.ChunkedArray, dim: int) -> NDArra
 
 
 def connect(uri: str | Path) -> lancedb.db.DBConnection:
+    """The database at a folder or address, in the file format that an index is written in."""
     os.environ.setdefault("LANCEDB_LOG", "error")  # read once, by the import: its warnings are of how it works inside
     import lancedb  # when asked for: it takes as long to import as all else here
 

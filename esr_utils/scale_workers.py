@@ -63,7 +63,8 @@ class Worker:
         return pd.DataFrame({"done": [done]})
 
     def embed(self, batch: pd.DataFrame, done: Done) -> None:
-        raise NotImplementedError
+        """Notes in `done` what was made of a batch."""
+        raise TypeError(f"{type(self).__name__} does not define embed")
 
 
 class Listener(Worker):
