@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from esr_utils.cli_options import ERROR, INTERRUPTED, NOTHING, OK, PIPE_CLOSED, USAGE, parser
@@ -19,9 +20,7 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-    from esr_utils.config import Level
     from esr_utils.index import Index
-    from esr_utils.retriever import Retriever
 
 
 class UsageError(ValueError):
@@ -86,18 +85,15 @@ def _index(options: Namespace) -> int:
     from esr_utils import recordings
     from esr_utils.audio_folder import NoAudio
     from esr_utils.cli_progress import Bar, quiet_libraries
-    from esr_utils.index import Index
 
     try:
         found = recordings.find(options.places, options.gone)  # before a model is loaded for nothing
     except NoAudio as error:
         raise NoAudio(f"{error}. If its recordings were removed for good, --gone drops them from the index") from None
-    model, level, run = _retriever(options)
     known = ("off", "all", "file", "channel", "speaker", *found.labels.names())
     if options.adapt and options.adapt not in known:
         raise UsageError(f"--adapt {options.adapt}: it is off, all, or a column, here {', '.join(known[2:])}")
-    index = Index.create(options.index, model, level=level, run=run, channels=options.channels, adapt=options.adapt)
-    del model.text  # no sentence is read here, and it takes 90 MB and more
+    index = _to_fill(options)
     with quiet_libraries(), Bar(shown=_watched()) as bar:
         report = recordings.refresh(index, found, bar)
     for key, reason in (report.problems | report.left_out).items():
@@ -119,6 +115,21 @@ def _index(options: Namespace) -> int:
             f"{options.index} holds {about['moments_in_index']} moments of {len(files)} files"
         )
     return OK
+
+
+def _to_fill(options: Namespace) -> Index:
+    """The index to bring up to date. As it was made, it is opened without its retriever, which may not be needed."""
+    from esr_utils import recordings
+    from esr_utils.index import Index
+    from esr_utils.index_rows import IndexUnusable
+
+    if not (options.run or options.channels or options.adapt):
+        with suppress(IndexUnusable):
+            return Index.open(options.index)
+    model, level, run = recordings.retriever_of(options.index, options.run)
+    index = Index.create(options.index, model, level=level, run=run, channels=options.channels, adapt=options.adapt)
+    model.text.release()  # no sentence is read here, and it takes 90 MB and more
+    return index
 
 
 def _search(options: Namespace) -> int:
@@ -197,36 +208,9 @@ def _hits(options: Namespace) -> pd.DataFrame:
 
 
 def _open(options: Namespace) -> Index:
-    from esr_utils.index import Index
+    from esr_utils import recordings
 
-    Index.open(options.index)  # that there is none is said before a model is loaded
-    return Index.open(options.index, _retriever(options)[0])
-
-
-def _retriever(options: Namespace) -> tuple[Retriever, Level, str]:
-    """Of the run that is named, else of that which made the index, else the default."""
-    from esr_utils import recordings, runs, weights
-    from esr_utils.index import Index
-    from esr_utils.index_rows import IndexUnusable
-
-    if options.run:
-        return recordings.load_retriever(options.run)
-    try:
-        run = Index.open(options.index).about["run"]
-    except IndexUnusable:
-        run = ""
-    if not run:
-        if not (runs.run_folder(recordings.DEFAULT_RUN) / "best").is_dir():
-            _say(
-                "there is no retriever yet: one is trained on the demo corpus, of synthetic voices; this takes a minute"
-            )
-        return recordings.load_retriever()
-    try:
-        return recordings.load_retriever(run)
-    except weights.WeightsError as error:
-        raise weights.WeightsError(
-            f"{error}. {options.index} was made by that run: --run says where it is now"
-        ) from None
+    return recordings.open_index(options.index, run=options.run)[0]
 
 
 def _sentences(words: list[str]) -> list[str]:

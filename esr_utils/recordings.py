@@ -40,18 +40,13 @@ def load_retriever(run: str | Path | None = None, device: str = "auto") -> tuple
     """The best retriever of a run of any kind, the level that its clips had, and where the run is.
 
     Args:
-        run: name or path of a run folder; None is DEFAULT_RUN, which is trained where it is not there yet.
+        run: name or path of a run folder; None is DEFAULT_RUN.
 
     Raises:
         weights.WeightsError: no such run, or its files are damaged.
     """
-    if run is None:
-        from esr_utils import training  # here: a search starts faster without it
-
-        model, settings = training.load_run(DEFAULT_RUN, device)
-        return model, settings["training"]["level"], str(runs.run_folder(DEFAULT_RUN))
     try:
-        folder = runs.run_folder(run)
+        folder = runs.run_folder(DEFAULT_RUN if run is None else run)
     except ValueError as error:
         raise WeightsError(str(error)) from None
     model = retriever.load(folder / "best", runs.pick_device(device))
@@ -63,6 +58,38 @@ def load_retriever(run: str | Path | None = None, device: str = "auto") -> tuple
         ) from None
 
 
+def retriever_of(uri: str | Path, run: str | Path | None = None) -> tuple[Retriever, Level, str]:
+    """As `load_retriever`: of the run that is named, else of that which made the index, else of DEFAULT_RUN.
+
+    Raises:
+        weights.WeightsError: as `load_retriever`.
+    """
+    try:
+        made_by = Index.open(uri).about["run"]
+    except IndexUnusable:
+        made_by = ""
+    try:
+        return load_retriever(run or made_by or None)
+    except WeightsError as error:
+        if run or not made_by:
+            raise
+        raise WeightsError(f"{error}. {uri} was made by that run: --run says where it is now") from None
+
+
+def model_of(index: Index) -> Retriever:
+    """The retriever of an index: that which it was opened with, else that of the run which it names, whose text side
+    is loaded when it is needed.
+
+    Raises:
+        IndexUnusable: the run's retriever is another by now.
+        weights.WeightsError: as `retriever_of`.
+    """
+    if index.model is None:
+        index.model = Index.open(index.uri, retriever_of(index.uri)[0]).model
+        index.model.text.release()
+    return index.model
+
+
 def open_index(
     uri: str | Path, places: str | Path | Iterable[str | Path] = (), run: str | Path | None = None
 ) -> tuple[Index, Report]:
@@ -70,21 +97,17 @@ def open_index(
 
     Args:
         places: folders of recordings, or recordings; none: the index is taken as it is.
-        run: None is the run that the index names, or for a new one that of `load_retriever`.
+        run: as `retriever_of`.
 
     Raises:
         index_rows.IndexUnusable: it is not there and no places are named, or another retriever made it.
-        Further as `load_retriever`, `find` and `refresh`.
+        Further as `retriever_of`, `find` and `refresh`.
     """
-    found = find(places) if places else None  # before a model is loaded for nothing
-    try:
-        run = run or Index.open(uri).about["run"] or None
-    except IndexUnusable:
-        if found is None:
-            raise
-    model, level, folder = load_retriever(run)
-    if found is None:
-        return Index.open(uri, model), Report()
+    if not places:
+        Index.open(uri)  # that there is none is said before a model is loaded
+        return Index.open(uri, retriever_of(uri, run)[0]), Report()
+    found = find(places)
+    model, level, folder = retriever_of(uri, run)
     index = Index.create(uri, model, level=level, run=folder)
     with tqdm(unit="file", desc="index", leave=False) as bar:
 
@@ -140,19 +163,22 @@ def refresh(index: Index, found: Found, progress: Progress | None = None) -> Rep
     """Embeds what is new or changed, and drops what is gone from the places. Interrupted, run it again.
 
     Args:
-        index: with a model; its `about` says how recordings of several channels are heard.
+        index: its `about` says how recordings of several channels are heard. If it was opened without a model, that
+            is loaded when there is something to embed.
         progress: is called with the files done, those to do in all, and the seconds of audio heard.
 
     Raises:
         IndexUnusable, IndexWriteError: as `Index.add`; what was committed stays.
         recording_labels.LabelsError: labels do not fit the index.
-        weights.WeightsError: silero-vad is not installed.
+        weights.WeightsError: silero-vad is not installed; or as `model_of`.
     """
 
     def embed(changes: Changes, report: Report) -> Iterator[Embedded]:
+        if not changes.changed and not changes.new:
+            return iter(())
         n_files = len(changes.changed) + len(changes.new)
         heard = (lambda done, seconds: progress(done, n_files, seconds)) if progress else None
-        return Embedder(index.model, index.about, report, heard, _known(index))(changes.to_embed())
+        return Embedder(model_of(index), index.about, report, heard, _known(index))(changes.to_embed())
 
     return refresh_by(embed, index, found)
 
@@ -179,7 +205,8 @@ def refresh_by(embed: Callable[[Changes, Report], Iterable[Embedded]], index: In
             yield replace(one, moments=pd.concat([one.moments, labels.of(one.file.key, one.moments)], axis=1))
 
     index.apply(changes, embedded)
-    report.adapted = index_adaptation.adapt(index, index.model, again=report.relabelled > 0)
+    if index.about["adapt"] != index_adaptation.OFF:
+        report.adapted = index_adaptation.adapt(index, model_of(index), again=report.relabelled > 0)
     report.left_out |= found.left_out | dict(changes.unreadable)
     return report
 

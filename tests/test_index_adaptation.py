@@ -8,7 +8,7 @@ import pytest
 import soundfile
 import torch
 
-from esr_utils import adaptation, index_adaptation, recordings
+from esr_utils import adaptation, index_adaptation, recordings, runs
 from esr_utils.adaptation import AdaptationError, Statistics
 from esr_utils.config import SAMPLE_RATE
 from esr_utils.index import Index
@@ -205,3 +205,15 @@ def test_other_speakers_other_statistics(model, folder, tmp_path, few):
     report = recordings.refresh(index, recordings.find(folder))
     assert report.relabelled == 1 and vectors(index)["adapted"].nunique() == 1
     assert recordings.refresh(index, recordings.find(folder)).adapted == 0
+
+
+def test_opened_without_its_retriever_it_adapts_by_that_of_its_run(model, folder, tmp_path, few, speech):
+    model.save(tmp_path / "run" / "best")
+    runs.write_json(tmp_path / "run" / "config.json", {"training": {"level": "normalised"}})
+    index = Index.create(tmp_path / "index", model, run=str(tmp_path / "run"), adapt="all")
+    recordings.refresh(index, recordings.find(folder))
+    soundfile.write(folder / "2.wav", speech[: 9 * SAMPLE_RATE] * 0.5, SAMPLE_RATE)
+    index = Index.open(tmp_path / "index")
+    report = recordings.refresh(index, recordings.find(folder))
+    assert report.embedded == 1 and report.adapted > 0
+    assert set(vectors(index)["adapted"]) == {index_adaptation.read(index, model).of("")[0]}

@@ -410,6 +410,16 @@ def test_the_retriever_of_a_run(tmp_path, tiny_run, tiny_model, monkeypatch):
     assert recordings.load_retriever()[1:] == ("recorded", str(tiny_run))
 
 
+def test_a_retriever_is_loaded_only_when_there_is_something_to_embed(folder, tmp_path, tiny_run, speech):
+    model, level, run = recordings.load_retriever(tiny_run)
+    recordings.refresh(Index.create(tmp_path / "index", model, level=level, run=run), recordings.find(folder))
+    index = Index.open(tmp_path / "index")
+    assert recordings.refresh(index, recordings.find(folder)).unchanged > 0 and index.model is None
+    soundfile.write(folder / "more.wav", speech[: 4 * RATE], RATE)
+    assert recordings.refresh(index, recordings.find(folder)).embedded == 1
+    assert index.search("angry")["file"].nunique() > 1  # the text side, let go before, is there when it is needed
+
+
 # Out of the index -------------------------------------------------------------------------------------------
 
 
