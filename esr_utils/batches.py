@@ -6,6 +6,7 @@ and the rest of the batch goes on.
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Iterator
@@ -108,6 +109,20 @@ def about(cuts: list[Cut]) -> dict:
 def batched(cuts: list[Cut], size: int) -> list[list[Cut]]:
     """Consecutive batches of `size`; the last may be smaller."""
     return [cuts[start : start + size] for start in range(0, len(cuts), size)]
+
+
+def by_corpus(cuts: list[Cut], size: int, rng: np.random.Generator) -> list[list[Cut]]:
+    """As many batches as of `batched`, each of one corpus drawn with equal chances; one that has run out begins anew.
+
+    What tells clips of one corpus apart is then how they are said, and not the room or the language they are in; and no
+    corpus is heard more than another because it is larger.
+    """
+    of: dict[str, list[Cut]] = {}
+    for cut in cuts:
+        of.setdefault(cut.custom["corpus"], []).append(cut)
+    reels = {corpus: itertools.cycle(own) for corpus, own in of.items()}
+    drawn = rng.choice(sorted(of), math.ceil(len(cuts) / size)) if of else []
+    return [list(itertools.islice(reels[corpus], min(size, len(of[corpus])))) for corpus in drawn]
 
 
 def load_batch(cuts: list[Cut], level: Level) -> dict:

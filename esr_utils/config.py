@@ -6,9 +6,10 @@ with frozen backbones. Units stand in the comments.
 
 from __future__ import annotations
 
+import ast
 import math
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Literal, Self, get_args
+from typing import Literal, Self, TypeVar, get_args
 
 SAMPLE_RATE = 16_000  # Hz, of every waveform that reaches a backbone
 
@@ -26,6 +27,7 @@ Objective = Literal[
 Precision = Literal["auto", "fp32", "bf16"]
 Schedule = Literal["constant", "cosine"]
 Standardise = Literal["training", "mixed"]
+Batches = Literal["any", "corpus"]
 Pooling = Literal["mean", "stats"]
 Diariser = Literal["silero", "funasr"]
 
@@ -81,6 +83,32 @@ class _Config:
         return replace(cls(), **{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
 
 
+Config = TypeVar("Config", bound=_Config)
+
+
+def with_settings(settings: str, *configs: Config) -> tuple[Config, ...]:
+    """Configs with further settings, each of the one that has it.
+
+    Args:
+        settings: name=value joined by +, values as Python writes them, words without quotes: `schedule=cosine+dim=256`.
+
+    Raises:
+        ConfigError: a setting that none of the configs has, a value that is not allowed, or text of another form.
+    """
+    changes: list[dict] = [{} for _ in configs]
+    for one in settings.split("+") if settings else []:
+        name, equals, text = one.partition("=")
+        owners = [i for i, config in enumerate(configs) if name in {field.name for field in fields(config)}]
+        if not equals or not owners:
+            known = sorted({field.name for config in configs for field in fields(config)})
+            raise ConfigError(f"settings: {one!r} is not name=value of a known setting; known: {', '.join(known)}")
+        try:
+            changes[owners[0]][name] = ast.literal_eval(text)
+        except (SyntaxError, ValueError):
+            changes[owners[0]][name] = text
+    return tuple(config.but(**change) for config, change in zip(configs, changes, strict=True))
+
+
 @dataclass(frozen=True)
 class ModelConfig(_Config):
     """A StyleRetriever: which backbones, and what is put on top of them."""
@@ -101,6 +129,11 @@ class ModelConfig(_Config):
         self._check_positive("dim", "classifier_hidden", "temperature")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout!r}; it must be at least 0 and below 1")
+
+    @classmethod
+    def released(cls) -> Self:
+        """Of models/esr-tiny; see `TrainConfig.released`."""
+        return cls(temperature=0.15)
 
     @classmethod
     def paper(cls) -> Self:
@@ -152,6 +185,7 @@ class TrainConfig(_Config):
     align_epochs: int = 5  # stage 2: + contrastive; stage 3, + adversarial, is the rest
     max_steps: int = 0  # stop after so many optimiser steps; 0 = no limit
     batch_size: int = 32  # N, pairs in a contrastive batch
+    batches: Batches = "any"  # corpus: each of one corpus, and all corpora equally often, however large
     crop_s: float = 8.0  # seconds, longest piece of a clip seen in training
     learning_rate: float = 1e-3  # encoders, projections, classifier
     discriminator_learning_rate: float = 4e-4  # the paper's is 0.4 of the encoders' too
@@ -179,7 +213,7 @@ class TrainConfig(_Config):
 
     def __post_init__(self) -> None:
         self._check_choices(objective=Objective, finetune=Finetune, level=Level, precision=Precision)
-        self._check_choices(schedule=Schedule, standardise=Standardise)
+        self._check_choices(schedule=Schedule, standardise=Standardise, batches=Batches)
         self._check_numbers()
         self._check_positive("epochs", "batch_size", "crop_s", "learning_rate", "discriminator_learning_rate")
         self._check_positive("discriminator_hidden", "layer_decay")
@@ -189,8 +223,11 @@ class TrainConfig(_Config):
             raise ConfigError(f"betas is {self.betas!r}; both must be at least 0 and below 1")
         if isinstance(self.held_out_styles, str):
             raise ConfigError(f"held_out_styles is {self.held_out_styles!r}; it must be a list of styles")
-        if self.standardise == "mixed" and self.finetune == "full":
-            raise ConfigError("standardise is 'mixed', which needs features that stay as they are: finetune 'frozen'")
+        for name, choice in (("standardise", "mixed"), ("batches", "corpus")):
+            if getattr(self, name) == choice and self.finetune == "full":
+                raise ConfigError(
+                    f"{name} is {choice!r}, which is for features that stay as they are: finetune 'frozen'"
+                )
         if self.objective == "classifier" and not self.classification_weight > 0:
             raise ConfigError("objective is 'classifier' with a classification_weight of 0: nothing would be trained")
 
@@ -214,6 +251,7 @@ class TrainConfig(_Config):
         """Of models/esr-tiny: chosen by cross-validation over training speakers and by leaving corpora out."""
         return cls(
             batch_size=64,
+            batches="corpus",
             objective="multi-positive",
             schedule="cosine",
             standardise="mixed",

@@ -202,10 +202,17 @@ def skipped_table(skipped: list[tuple[str, str]]) -> pd.DataFrame:
 class FrozenClips:
     """What a frozen backbone gave, in memory: an epoch takes one window of each clip, in batches."""
 
-    def __init__(self, features: Features | FrozenFrames, cuts: CutSet, batch_size: int) -> None:
+    def __init__(
+        self, features: Features | FrozenFrames, cuts: CutSet, batch_size: int, by_corpus: bool = False
+    ) -> None:
+        """
+        Args:
+            by_corpus: whether a batch is of one corpus, see `batches.by_corpus`; then an epoch takes of a small corpus
+                some clips several times, and of a large one not all.
+        """
         by_id = {cut.id: cut for cut in cuts}
         self.cuts = [by_id[cut_id] for cut_id in features.cut_ids]
-        self.features, self.batch_size = features, batch_size
+        self.features, self.batch_size, self.by_corpus = features, batch_size, by_corpus
         windows: dict[str, list[int]] = {}
         for row, cut in enumerate(self.cuts):
             windows.setdefault(batches.utterance_id(cut), []).append(row)
@@ -218,7 +225,10 @@ class FrozenClips:
     def plan(self, rng: np.random.Generator) -> list[list[Cut]]:
         """Batches of one random window of every clip, shuffled."""
         chosen = [windows[rng.integers(len(windows))] for windows in self.windows]
-        return batches.batched([self.cuts[chosen[i]] for i in rng.permutation(len(chosen))], self.batch_size)
+        cuts = [self.cuts[chosen[i]] for i in rng.permutation(len(chosen))]
+        return (
+            batches.by_corpus(cuts, self.batch_size, rng) if self.by_corpus else batches.batched(cuts, self.batch_size)
+        )
 
     def load(self, plan: list[list[Cut]]) -> Iterator[dict]:
         """Batches as those of `batches.WaveformClips.load`, with `features.batch` for the waveform."""

@@ -271,7 +271,7 @@ class Index(IndexWriter):
                 break
             n *= 8
         rows, scores = rows[offset:wanted], scores[offset:wanted]
-        hits = self.take(rows, list(snapshot.columns))
+        hits = found.take(rows)
         hits.insert(0, "percentile", nearest.share_below(found.scores, scores))
         hits.insert(0, "score", scores)
         hits.insert(0, "rank", np.arange(offset + 1, offset + 1 + len(rows)))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
@@ -115,21 +116,27 @@ class Snapshot:
             rows = rows[nearest.best(scores[rows], n)]
             return row_ids[rows], scores[rows]
 
-        return Scored(best, scores)
+        return Scored(best, scores, lambda rows: self.table.take(rows, list(self.columns)))
 
     def approximate(self, vector: NDArray[np.float32], condition: Expr | None) -> Scored:
         """The best found by the approximate index, and scored exactly; the share below is that of a sample."""
         condition = self.alive(condition) if condition is not None or self._dead else None
+        found = pa.table({})  # with their columns: to read these for themselves would take as long again
 
         def best(n: int) -> Rows:
+            nonlocal found
             search = self.table.table.search(vector, vector_column_name="vector").distance_type("dot")
             if condition is not None:
                 search = search.where(condition, prefilter=True)
             search = search.limit(n).nprobes(_PROBES).refine_factor(_REFINE)
-            found = search.select(["version", "_distance"]).with_row_id(True).to_arrow()
+            found = search.select([*self.columns, "_distance"]).with_row_id(True).to_arrow()
             return found["_rowid"].to_numpy(), (1 - found["_distance"].to_numpy()).astype(np.float32)
 
-        return Scored(best, _products(self.sample(), vector))
+        def take(rows: NDArray[np.uint64]) -> pd.DataFrame:
+            places = pc.index_in(pa.array(rows, pa.uint64()), found["_rowid"])
+            return found.take(places).select(list(self.columns)).to_pandas()
+
+        return Scored(best, _products(self.sample(), vector), take)
 
     def sample(self) -> NDArray[np.float64]:
         """(n, d), at most 4096 of the vectors, drawn with seed 0."""
@@ -185,10 +192,12 @@ class Scored:
     Attributes:
         best: from n to the row ids and scores of the n best, best first, and of all that tie with the last.
         scores: of the whole index, or of a sample of it.
+        take: from some of the row ids that `best` gave last to the moments' columns, in this order.
     """
 
     best: Callable[[int], Rows]
     scores: NDArray[np.float32]
+    take: Callable[[NDArray[np.uint64]], pd.DataFrame]
 
 
 def _fitting(column: str, kind: pa.DataType, value: object) -> str | float | int | bool:

@@ -158,7 +158,8 @@ class _Trainer(Fitting):
             retriever.speech_head.fit(features.pooled.to(retriever.device))
             if self.config.standardise == "mixed":
                 self.mixture = _mixture(retriever, rows, features, cuts)
-        return embedding.FrozenClips(features, cuts, self.config.batch_size)
+        by_corpus = split == "train" and self.config.batches == "corpus"
+        return embedding.FrozenClips(features, cuts, self.config.batch_size, by_corpus)
 
     def _embed_prompts(self, retriever: StyleRetriever, manifest: pd.DataFrame) -> None:
         """Every prompt that training can draw, once and in large batches; then the text backbone is let go."""

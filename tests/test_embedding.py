@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -382,3 +384,23 @@ def test_features_made_in_two_goes_are_those_made_in_one(tiny_model, manifest, c
     for file in files(cache)[::3]:
         file.unlink()
     assert torch.equal(frozen_features(tiny_model, cuts, LEVEL, cache).pooled, whole.pooled)
+
+
+def test_batches_of_one_corpus_each_and_of_all_corpora_equally_often():
+    sizes = {"small": 5, "middle": 30, "large": 65}
+    cuts = [SimpleNamespace(id=f"{name} {i}", custom={"corpus": name}) for name, n in sizes.items() for i in range(n)]
+    drawn, heard = Counter(), Counter()
+    for seed in range(200):
+        plan = batches.by_corpus(cuts, 10, np.random.default_rng(seed))
+        assert len(plan) == len(batches.batched(cuts, 10))
+        for batch in plan:
+            (corpus,) = {cut.custom["corpus"] for cut in batch}
+            assert len({cut.id for cut in batch}) == len(batch) == min(10, sizes[corpus])
+            drawn[corpus] += 1
+            heard.update(cut.id for cut in batch)
+    share = 2000 / 3
+    assert all(abs(n - share) < 5 * (share * 2 / 3) ** 0.5 for n in drawn.values())  # five deviations
+    middle = [n for name, n in heard.items() if name.startswith("middle")]
+    assert len(middle) == 30 and len(heard) == 100
+    assert plan == batches.by_corpus(cuts, 10, np.random.default_rng(199))
+    assert batches.by_corpus([], 10, np.random.default_rng(0)) == []

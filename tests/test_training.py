@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from esr_utils import adaptation, checkpoints, objective, provenance, runs, training, weights
-from esr_utils.config import ConfigError, ModelConfig, TrainConfig
+from esr_utils.config import ConfigError, ModelConfig, TrainConfig, with_settings
 from esr_utils.prompts import PROMPTS_PATH, PromptBank
 from esr_utils.provenance import RunExists
 from esr_utils.retriever import StyleRetriever
@@ -336,8 +337,9 @@ def test_a_stopped_mixed_run_goes_on_as_if_it_had_not_been(train):
 
 
 def test_mixed_needs_features_that_stay_as_they_are():
-    with pytest.raises(ConfigError, match="standardise is 'mixed'"):
-        CONFIG.but(standardise="mixed", finetune="full")
+    for name, choice in (("standardise", "mixed"), ("batches", "corpus")):
+        with pytest.raises(ConfigError, match=f"{name} is '{choice}'"):
+            CONFIG.but(**{name: choice, "finetune": "full"})
 
 
 # Resume -----------------------------------------------------------------------------------------------------
@@ -842,6 +844,26 @@ def test_the_papers_recipe_to_the_letter():
 def test_settings_that_make_no_sense_are_refused_by_name(setting, value):
     with pytest.raises(ConfigError, match=f"{setting} is"):
         CONFIG.but(**{setting: value})
+
+
+def test_further_settings_reach_the_config_that_has_them():
+    model, config = with_settings("schedule=cosine+temperature=0.2+recompute=True+max_steps=7", ModelConfig(), CONFIG)
+    assert model == ModelConfig(temperature=0.2)
+    assert config == CONFIG.but(schedule="cosine", recompute=True, max_steps=7)
+    assert with_settings("", model, config) == (model, config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("colour=red", "'colour=red' is not name=value of a known setting"), ("schedule", "'schedule' is not name=value"),
+        ("schedule=linear", "schedule is 'linear'"), ("temperature=warm", "temperature is 'warm'"),
+        ("max_steps=__import__('os')", "max_steps is"),
+    ],
+)  # fmt: skip
+def test_further_settings_that_make_no_sense_are_refused(settings, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        with_settings(settings, ModelConfig(), CONFIG)
 
 
 def test_a_setting_refused_at_the_start_does_not_keep_the_corrected_run_out(train):
