@@ -112,16 +112,18 @@ def batched(cuts: list[Cut], size: int) -> list[list[Cut]]:
 
 
 def by_corpus(cuts: list[Cut], size: int, rng: np.random.Generator) -> list[list[Cut]]:
-    """As many batches as of `batched`, each of one corpus drawn with equal chances; one that has run out begins anew.
+    """As many batches as of `batched`, each of one corpus, drawn with chances like their numbers of speakers.
 
-    What tells clips of one corpus apart is then how they are said, and not the room or the language they are in; and no
-    corpus is heard more than another because it is larger.
+    What tells clips of one corpus apart is then how they are said, and not the room or the language they are in; and a
+    corpus counts by its voices, over which a style is to be learned, not by how often each was recorded. A corpus that
+    has run out begins anew.
     """
     of: dict[str, list[Cut]] = {}
     for cut in cuts:
         of.setdefault(cut.custom["corpus"], []).append(cut)
-    reels = {corpus: itertools.cycle(own) for corpus, own in of.items()}
-    drawn = rng.choice(sorted(of), math.ceil(len(cuts) / size)) if of else []
+    names, reels = sorted(of), {corpus: itertools.cycle(own) for corpus, own in of.items()}
+    voices = np.array([len({cut.custom["speaker"] for cut in of[name]}) for name in names])
+    drawn = rng.choice(names, math.ceil(len(cuts) / size), p=voices / voices.sum()) if names else []
     return [list(itertools.islice(reels[corpus], min(size, len(of[corpus])))) for corpus in drawn]
 
 

@@ -185,7 +185,7 @@ class TrainConfig(_Config):
     align_epochs: int = 5  # stage 2: + contrastive; stage 3, + adversarial, is the rest
     max_steps: int = 0  # stop after so many optimiser steps; 0 = no limit
     batch_size: int = 32  # N, pairs in a contrastive batch
-    batches: Batches = "any"  # corpus: each of one corpus, and all corpora equally often, however large
+    batches: Batches = "any"  # corpus: each of one, and a corpus as often as it has voices (`batches.by_corpus`)
     crop_s: float = 8.0  # seconds, longest piece of a clip seen in training
     learning_rate: float = 1e-3  # encoders, projections, classifier
     discriminator_learning_rate: float = 4e-4  # the paper's is 0.4 of the encoders' too

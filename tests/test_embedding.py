@@ -386,9 +386,13 @@ def test_features_made_in_two_goes_are_those_made_in_one(tiny_model, manifest, c
     assert torch.equal(frozen_features(tiny_model, cuts, LEVEL, cache).pooled, whole.pooled)
 
 
-def test_batches_of_one_corpus_each_and_of_all_corpora_equally_often():
-    sizes = {"small": 5, "middle": 30, "large": 65}
-    cuts = [SimpleNamespace(id=f"{name} {i}", custom={"corpus": name}) for name, n in sizes.items() for i in range(n)]
+def test_batches_of_one_corpus_each_and_of_a_corpus_as_often_as_it_has_voices():
+    sizes, voices = {"small": 5, "middle": 30, "large": 65}, {"small": 1, "middle": 6, "large": 3}
+    cuts = [
+        SimpleNamespace(id=f"{name} {i}", custom={"corpus": name, "speaker": f"{name} {i % voices[name]}"})
+        for name, n in sizes.items()
+        for i in range(n)
+    ]
     drawn, heard = Counter(), Counter()
     for seed in range(200):
         plan = batches.by_corpus(cuts, 10, np.random.default_rng(seed))
@@ -398,9 +402,9 @@ def test_batches_of_one_corpus_each_and_of_all_corpora_equally_often():
             assert len({cut.id for cut in batch}) == len(batch) == min(10, sizes[corpus])
             drawn[corpus] += 1
             heard.update(cut.id for cut in batch)
-    share = 2000 / 3
-    assert all(abs(n - share) < 5 * (share * 2 / 3) ** 0.5 for n in drawn.values())  # five deviations
-    middle = [n for name, n in heard.items() if name.startswith("middle")]
-    assert len(middle) == 30 and len(heard) == 100
+    for name, n in voices.items():
+        share = n / sum(voices.values())
+        assert abs(drawn[name] - 2000 * share) < 5 * (2000 * share * (1 - share)) ** 0.5  # five deviations
+    assert len(heard) == 100
     assert plan == batches.by_corpus(cuts, 10, np.random.default_rng(199))
     assert batches.by_corpus([], 10, np.random.default_rng(0)) == []
