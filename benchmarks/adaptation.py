@@ -138,8 +138,8 @@ def of_few(found: list[LeftOut]) -> list[dict]:
 def few_styles(one: LeftOut, rows: np.ndarray) -> bool:
     """Whether some clips look as if they had too few styles to adapt."""
     every = evaluation.style_queries(one.model, list(STYLES), "seen")
-    before = adaptation.vectors(one.model, one.pooled[rows], adaptation.of_training(one.model))
-    return adaptation.effective_styles(before, every) < adaptation.FEW_STYLES
+    counts = adaptation.style_counts(one.model, one.pooled[rows], every)
+    return adaptation.effective_styles(counts) < adaptation.FEW_STYLES
 
 
 def of_one_style(found: list[LeftOut], share: float, n: int = 100) -> list[dict]:

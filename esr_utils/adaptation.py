@@ -159,19 +159,25 @@ def vectors(model: Retriever, pooled: NDArray[np.floating], statistics: Statisti
     return model.encode_speech(batch(model, pooled, statistics)).cpu().numpy()
 
 
-def effective_styles(vectors: NDArray[np.floating], queries: NDArray[np.floating]) -> float:
-    """How many styles some clips seem to have: 1, all alike, to S, spread evenly.
-
-    The exponential of the entropy of the styles nearest to them. Of vectors made without adaptation, few (`FEW_STYLES`)
-    are a warning: where there is but one style, it is what the clips' own mean and deviation take out. They are no
-    proof, since a strange room makes clips look alike too.
+def style_counts(model: Retriever, pooled: NDArray[np.floating], queries: NDArray[np.floating]) -> NDArray[np.int64]:
+    """(S,) of how many clips each style is the nearest, by the statistics of the training.
 
     Args:
-        vectors: (N, d), of at least one clip, by the statistics of the training.
+        pooled: (N, L, P).
         queries: (S, d), one a style (`evaluation.style_queries`).
     """
-    share = np.bincount((vectors @ queries.T).argmax(axis=1), minlength=len(queries)) / len(vectors)
-    return float(np.exp(-(share[share > 0] * np.log(share[share > 0])).sum()))
+    nearest = (vectors(model, pooled, of_training(model)) @ queries.T).argmax(axis=1)
+    return np.bincount(nearest, minlength=len(queries))
+
+
+def effective_styles(counts: NDArray[np.integer]) -> float:
+    """How many styles some clips seem to have, by their `style_counts`: 1, all alike, to S, spread evenly.
+
+    The exponential of the entropy. Few (`FEW_STYLES`) are a warning: where there is but one style, it is what the
+    clips' own mean and deviation take out. They are no proof, since a strange room makes clips look alike too.
+    """
+    share = counts[counts > 0] / counts.sum()
+    return float(np.exp(-(share * np.log(share)).sum()))
 
 
 def adapted(model: Retriever, statistics: Statistics) -> StyleRetriever:

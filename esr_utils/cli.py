@@ -98,10 +98,17 @@ def _index(options: Namespace) -> int:
         report = recordings.refresh(index, found, bar)
     for key, reason in (report.problems | report.left_out).items():
         _say(f"{_shown(key)}: {reason}")
+    for group, n in report.few_styles.items():
+        of = f"of {index.about['adapt']} {group}" if group else "of this index"
+        _say(
+            f"the moments {of} seem to be of few styles (about {n:.1f}): adapting to them takes out what they have in "
+            "common. Of one style, an index made with --adapt off finds more"
+        )
     files = index.files()
     about = {
         "embedded": report.embedded, "moments": report.moments, "speech_s": round(report.speech_s, 3),
         "unchanged": report.unchanged, "relabelled": report.relabelled, "adapted": report.adapted,
+        "few_styles": report.few_styles,
         "removed": report.removed, "problems": report.problems, "left_out": report.left_out,
         "files_in_index": len(files), "moments_in_index": int(files["moments"].sum()),
     }  # fmt: skip

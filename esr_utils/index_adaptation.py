@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from esr_utils.index_snapshot import Snapshot
 from esr_utils.index_table import IndexTable, connect, matrix
 from esr_utils.index_writing import IndexWriter
 from esr_utils.retriever import StyleRetriever
+from esr_utils.styles import STYLES
 
 if TYPE_CHECKING:
     from lancedb.expr import Expr
@@ -56,8 +58,23 @@ class Book:
         return self.groups.get(group) or self.groups.get(_WHOLE) or ("", None)
 
 
-def adapt(index: IndexWriter, model: StyleRetriever, again: bool = False) -> int:
-    """Makes anew what was not made by the statistics that hold now; returns of how many files.
+@dataclass(frozen=True)
+class Adapted:
+    """What `adapt` has done.
+
+    Attributes:
+        files: of how many vectors were made anew.
+        few_styles: of the groups whose statistics were taken, those that seem to hold few styles
+            (`adaptation.effective_styles`), with their number: their statistics are perhaps these styles, and take them
+            out. "" is all moments.
+    """
+
+    files: int = 0
+    few_styles: Mapping[str, float] = field(default_factory=dict)
+
+
+def adapt(index: IndexWriter, model: StyleRetriever, again: bool = False) -> Adapted:
+    """Makes anew what was not made by the statistics that hold now.
 
     Args:
         index: one that does not adapt is left as it is.
@@ -68,17 +85,18 @@ def adapt(index: IndexWriter, model: StyleRetriever, again: bool = False) -> int
         IndexUnusable, IndexWriteError: as `Index.add`.
     """
     if index.about["adapt"] == OFF:
-        return 0
+        return Adapted()
     index.reload()
     entries, _, _ = index.entries()
-    told, held = read(index, model), _held(entries)
+    told, held, few = read(index, model), _held(entries), {}
     if told.held != held or again:
-        told = _Statistics(index, model).taken(told, held)
+        now = _Statistics(index, model)
+        told, few = now.taken(told, held), now.few_styles()
         _write(index, told)
     stale = _stale(index, told)
     if stale:
         index.add(_remade(index, model, told, entries, stale))
-    return len(stale)
+    return Adapted(len(stale), few)
 
 
 def statistics(index: IndexTable, model: StyleRetriever) -> Statistics | None:
@@ -137,7 +155,11 @@ class _Statistics:
     """Takes statistics of an index, group by group."""
 
     def __init__(self, index: IndexTable, model: StyleRetriever) -> None:
-        self.index, self.training = index, adaptation.of_training(model)
+        from esr_utils.evaluation import style_queries  # here: an index that does not adapt is opened faster without it
+
+        self.index, self.model, self.training = index, model, adaptation.of_training(model)
+        self.queries = style_queries(model, list(STYLES), "seen")
+        self.styles: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(len(STYLES), np.int64))
 
     def taken(self, before: Book, held: str) -> Book:
         """What holds now: of before what has not moved, and none of groups with too few moments."""
@@ -149,6 +171,12 @@ class _Statistics:
             found[group] = known if known and not self._moved(known[1], own) else (secrets.token_hex(8), own)
         return Book(held, found)
 
+    def few_styles(self) -> dict[str, float]:
+        """See `Adapted`; once statistics are taken."""
+        enough = {group: counts for group, counts in self.styles.items() if counts.sum() >= adaptation.MIN_CLIPS}
+        found = {group: adaptation.effective_styles(counts) for group, counts in enough.items()}
+        return {group: styles for group, styles in found.items() if styles < adaptation.FEW_STYLES}
+
     def _moved(self, before: Statistics, now: Statistics) -> bool:
         mean = (now.mean - before.mean) / self.training.std
         return float(np.sqrt((mean**2 + np.log(now.std / before.std) ** 2).mean())) > MOVED
@@ -159,10 +187,11 @@ class _Statistics:
         columns = _group_column(self.index)
         for batch in self.index.batches(["pooled", *columns], Snapshot(self.index).alive()):
             pooled = matrix(batch["pooled"], self.index.about["pooled"]).reshape(-1, *shape)
-            yield [_WHOLE] * len(pooled), pooled
             groups = np.array(_groups(batch, columns), dtype=object)
-            if (own := groups != _WHOLE).any():
-                yield groups[own].tolist(), pooled[own]
+            for group in {_WHOLE, *groups}:
+                rows = pooled if group == _WHOLE else pooled[groups == group]
+                self.styles[group] += adaptation.style_counts(self.model, rows, self.queries)
+                yield [group] * len(rows), rows
 
 
 def _group_column(index: IndexTable) -> list[str]:

@@ -44,6 +44,7 @@ class Report:
         embedded, unchanged, removed: files.
         relabelled: those of the unchanged of which a labels.csv says something else than before.
         adapted: files whose vectors were made anew by the index's own statistics (see `index_adaptation`).
+        few_styles: groups that seem to hold too few styles to adapt (see `index_adaptation.Adapted`).
         moments: of those embedded.
         speech_s: seconds that these moments last together.
         problems: key and reason of files that could not be used, or not whole; of those embedded or looked at now.
@@ -56,6 +57,7 @@ class Report:
     removed: int = 0
     relabelled: int = 0
     adapted: int = 0
+    few_styles: dict[str, float] = field(default_factory=dict)
     moments: int = 0
     speech_s: float = 0.0
     problems: dict[str, str] = field(default_factory=dict)

@@ -206,7 +206,8 @@ def refresh_by(embed: Callable[[Changes, Report], Iterable[Embedded]], index: In
 
     index.apply(changes, embedded)
     if index.about["adapt"] != index_adaptation.OFF:
-        report.adapted = index_adaptation.adapt(index, model_of(index), again=report.relabelled > 0)
+        adapted = index_adaptation.adapt(index, model_of(index), again=report.relabelled > 0)
+        report.adapted, report.few_styles = adapted.files, dict(adapted.few_styles)
     report.left_out |= found.left_out | dict(changes.unreadable)
     return report
 

@@ -158,11 +158,17 @@ def test_an_evaluation_adapts_by_a_column_within_each_corpus(fitted, manifest, t
 
 
 def test_how_many_styles_clips_seem_to_have():
-    queries = np.eye(4)
-    assert adaptation.effective_styles(np.eye(4), queries) == pytest.approx(4)
-    assert adaptation.effective_styles(np.eye(4)[[2, 2, 2]], queries) == pytest.approx(1)
+    assert adaptation.effective_styles(np.array([1, 1, 1, 1])) == pytest.approx(4)
+    assert adaptation.effective_styles(np.array([0, 0, 3, 0])) == pytest.approx(1)
     # half of one style, a quarter each of two: 2^(1/2) * 4^(1/4) * 4^(1/4) = 2^1.5
-    assert adaptation.effective_styles(np.eye(4)[[0, 0, 1, 2]], queries) == pytest.approx(2**1.5)
+    assert adaptation.effective_styles(np.array([2, 1, 1, 0])) == pytest.approx(2**1.5)
+
+
+def test_styles_are_counted_by_the_statistics_of_the_training(fitted):
+    pooled = np.random.default_rng(0).normal(size=(40, *fitted.speech_head.mean.shape)).astype(np.float32)
+    queries = np.random.default_rng(1).normal(size=(6, fitted.config.dim))
+    near = [int((queries @ one).argmax()) for one in fitted.encode_speech({"pooled": torch.from_numpy(pooled)}).detach().numpy()]
+    assert adaptation.style_counts(fitted, pooled, queries).tolist() == [near.count(i) for i in range(6)]
 
 
 def test_a_retriever_that_does_not_standardise_is_refused(tiny_model):

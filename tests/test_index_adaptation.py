@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -112,12 +114,12 @@ def test_what_has_not_moved_is_left_alone(model, tmp_path):
     index = Index.create(tmp_path / "index", model, adapt="all")
     fill(index, model, **FILES)
     version = index.reload()
-    assert index_adaptation.adapt(index, model) == 0 and index.reload() == version  # nothing is even read
-    assert index_adaptation.adapt(index, model, again=True) == 0
+    assert index_adaptation.adapt(index, model).files == 0 and index.reload() == version  # nothing is even read
+    assert index_adaptation.adapt(index, model, again=True).files == 0
     before = index_adaptation.statistics(index, model)
     small = embedded(model, "z", 7, n=1)
     index.add([small])
-    assert index_adaptation.adapt(index, model) == 1  # the new one alone
+    assert index_adaptation.adapt(index, model).files == 1  # the new one alone
     assert index_adaptation.statistics(index, model).count == before.count
 
 
@@ -137,14 +139,30 @@ def test_interrupted_it_is_completed_and_nothing_is_lost(model, tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         fill(index, model, **FILES)
     assert vectors(index)["adapted"].nunique() == 2
-    assert index_adaptation.adapt(index, model) == 3  # of five
+    assert index_adaptation.adapt(index, model).files == 3  # of five
     check(index, model, dict.fromkeys(FILES, of(*FILES.values())), **FILES)
+
+
+def test_groups_that_seem_to_hold_one_style_are_told(model, tmp_path, monkeypatch):
+    """Of anna's clips the nearest style is always the same, of the others' it is any."""
+    index = Index.create(tmp_path / "index", model, adapt="speaker")
+    one = np.repeat(features(1, 8), 2 * N, axis=0)
+    varied = {"b": (2, 0.0, "ben", 60), "c": (3, 0.0, "carl", 60)}
+    alike = embedded(model, "a", 1, speaker="anna", n=2 * N)
+    index.add([replace(alike, pooled=one.reshape(2 * N, -1)), *(embedded(model, k, *v) for k, v in varied.items())])
+    monkeypatch.setattr(adaptation, "FEW_STYLES", 1.5)
+    assert index_adaptation.adapt(index, model).few_styles == {"anna": pytest.approx(1.0)}
+    assert index_adaptation.adapt(index, model).few_styles == {}  # said once
+    monkeypatch.setattr(adaptation, "FEW_STYLES", 22.1)
+    assert set(index_adaptation.adapt(index, model, again=True).few_styles) == {"", "anna", "ben", "carl"}
+    monkeypatch.setattr(adaptation, "MIN_CLIPS", 61)  # and the rest is by the training's
+    assert set(index_adaptation.adapt(index, model, again=True).few_styles) == {""}
 
 
 def test_an_index_that_does_not_adapt_keeps_no_features(model, tmp_path):
     index = Index.create(tmp_path / "index", model)
     assert index.about["adapt"] == "off" and "pooled" not in index.table.schema.names
-    assert index_adaptation.adapt(index, model) == 0
+    assert index_adaptation.adapt(index, model).files == 0
 
 
 def test_how_it_adapts_is_fixed(model, tmp_path):
