@@ -70,7 +70,9 @@ def parser() -> argparse.ArgumentParser:
     index.add_argument("places", nargs="+", metavar="DIR", help="a folder of recordings, or a recording")
     index.add_argument("--index", required=True, metavar="PATH", help="where the index is, or will be")
     index.add_argument(
-        "--run", help="run whose retriever is used: a name below runs/, or a folder (default: that of the index)"
+        "--run",
+        help="run whose retriever is used: a name below runs/, or a folder (default: that of the index, "
+        "and models/esr-tiny for a new one)",
     )
     index.add_argument(
         "--channels", choices=["mix", "split"],

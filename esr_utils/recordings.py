@@ -31,7 +31,7 @@ from esr_utils.recording_labels import Labels
 from esr_utils.retriever import Retriever
 from esr_utils.weights import WeightsError
 
-DEFAULT_RUN = runs.DEFAULT_RUN  # whose retriever makes an index where no run is named
+DEFAULT_RUN = runs.RELEASED  # whose retriever makes an index where no run is named
 
 Progress = Callable[[int, int, float], None]
 

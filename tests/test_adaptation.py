@@ -167,7 +167,10 @@ def test_how_many_styles_clips_seem_to_have():
 def test_styles_are_counted_by_the_statistics_of_the_training(fitted):
     pooled = np.random.default_rng(0).normal(size=(40, *fitted.speech_head.mean.shape)).astype(np.float32)
     queries = np.random.default_rng(1).normal(size=(6, fitted.config.dim))
-    near = [int((queries @ one).argmax()) for one in fitted.encode_speech({"pooled": torch.from_numpy(pooled)}).detach().numpy()]
+    near = [
+        int((queries @ one).argmax())
+        for one in fitted.encode_speech({"pooled": torch.from_numpy(pooled)}).detach().numpy()
+    ]
     assert adaptation.style_counts(fitted, pooled, queries).tolist() == [near.count(i) for i in range(6)]
 
 
