@@ -31,7 +31,7 @@ def evaluated(seed: int) -> dict:
     path = folder / "results.json"
     if not path.is_file():
         clips = manifests.load_corpora(CORPORA)
-        model = training.fit(clips, folder, ModelConfig(), TrainConfig.released().but(seed=seed))
+        model = training.fit(clips, folder, ModelConfig.released(), TrainConfig.released().but(seed=seed))
         runs.write_json(path, evaluation.evaluate(model, clips).results)
     return runs.read_json(path)
 
