@@ -73,7 +73,7 @@ class LeftOut:
 def left_out(corpus: str, seed: int) -> LeftOut:
     others = manifests.load_corpora([*(name for name in CORPORA if name != corpus), "demo"])
     config = TrainConfig.released().but(seed=seed)
-    model = training.fit(others, FOLDER / f"without-{corpus}-{seed}", ModelConfig(), config)
+    model = training.fit(others, FOLDER / f"without-{corpus}-{seed}", ModelConfig.released(), config)
     clips = manifests.load_corpora(corpus)
     known = set(others.loc[others["corpus"] != "demo", "style"])  # the demo's styles are by rule
     clips = clips[(clips["split"] != "test") & clips["style"].isin(known)].sort_values("utterance_id")

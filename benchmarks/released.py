@@ -3,8 +3,8 @@
     python benchmarks/released.py            trains and evaluates, prints the table
     python benchmarks/released.py --write    and writes models/esr-tiny from the run of seed 0
 
-With $ESR_DATA = <folder with ravdess, emodb, nemo>. A run that is there already, in runs/esr-tiny/, is taken. Which
-seed is released was settled before any was tested.
+With $ESR_DATA = <folder with ravdess, emodb, nemo>. Each run is what 03_train makes of the command in the card, and one
+that is there already, in runs/esr-tiny/, is taken. Which seed is released was settled before any was tested.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from esr_utils import evaluation, manifests, runs, tables, training
 from esr_utils.config import ModelConfig, TrainConfig
@@ -25,25 +26,28 @@ CARD = Path(__file__).with_name("esr-tiny.md")  # the card, but for its table
 ABOUT = ("kind", "model", "training", "corpora", "clips", "prompts_sha256", "manifest_sha256", "versions")
 
 
-def evaluated(seed: int) -> dict:
+def evaluated(seed: int, adapt: str) -> dict:
     """Results on the test split of each corpus, of a run that is trained unless it is there."""
     folder = RUN / f"seed{seed}"
-    path = folder / "results.json"
+    path = folder / (f"results-{adapt}.json" if adapt else "results.json")
     if not path.is_file():
         clips = manifests.load_corpora(CORPORA)
         model = training.fit(clips, folder, ModelConfig.released(), TrainConfig.released().but(seed=seed))
-        runs.write_json(path, evaluation.evaluate(model, clips).results)
+        runs.write_json(path, evaluation.evaluate(model, clips, adapt=adapt).results)
     return runs.read_json(path)
 
 
-def table(results: list[dict]) -> str:
-    """Markdown: the mean over the seeds of each value and of the ends of its interval."""
+def table(adapt: str) -> pd.DataFrame:
+    """The mean over the seeds of each value and of the ends of its interval, a row for each corpus and prompts."""
+    results = [evaluated(seed, adapt) for seed in SEEDS]
     merged = dict(results[0])
     for key, value in results[0].items():
         if isinstance(value, float) or key.endswith("_ci95"):
             merged[key] = np.mean([result[key] for result in results], axis=0).tolist()
     rows = tables.headline(merged).reset_index()
-    return rows[["corpus", "ranked by", "r@1", "r@10", "accuracy"]].to_markdown(index=False)
+    rows = rows[rows["ranked by"] != "classifier"].rename(columns={"ranked by": "prompts"})
+    rows.insert(2, "standardised by", adapt or "training")
+    return rows[["corpus", "prompts", "standardised by", "r@1", "r@10", "accuracy"]]
 
 
 def write(figures: str) -> None:
@@ -59,7 +63,8 @@ def write(figures: str) -> None:
 
 
 if __name__ == "__main__":
-    figures = table([evaluated(seed) for seed in SEEDS])
+    both = pd.concat([table(""), table("speaker")]).sort_values(["corpus", "prompts"], ascending=False, kind="stable")
+    figures = both.to_markdown(index=False)
     print(figures)
     if "--write" in sys.argv[1:]:
         write(figures)

@@ -117,6 +117,7 @@ class ModelConfig(_Config):
     text_backbone: str = "minilm"  # short name, hub id or folder
     pooling: Pooling = "stats"  # over time: mean of all frames, or mean and deviation of those that carry speech
     mix_layers: bool = True  # learned weights over all layers; False reads the last layer only, as the paper does
+    concat_layers: bool = False  # True: all layers side by side in place of their mix
     dropout: float = 0.5  # share of the pooled features dropped in training, before the projection
     hidden: int = 256  # units between pooled speech features and the projection; 0 = projected directly, as the paper
     dim: int = 512  # d, of the joint space
@@ -127,13 +128,15 @@ class ModelConfig(_Config):
         self._check_choices(pooling=Pooling)
         self._check_numbers()
         self._check_positive("dim", "classifier_hidden", "temperature")
+        if self.concat_layers and not self.mix_layers:
+            raise ConfigError("concat_layers is True, and mix_layers False: of the last layer alone there are no others")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout!r}; it must be at least 0 and below 1")
 
     @classmethod
     def released(cls) -> Self:
         """Of models/esr-tiny; see `TrainConfig.released`."""
-        return cls(temperature=0.15)
+        return cls(concat_layers=True, temperature=0.15)
 
     @classmethod
     def paper(cls) -> Self:
@@ -250,6 +253,7 @@ class TrainConfig(_Config):
     def released(cls) -> Self:
         """Of models/esr-tiny: chosen by cross-validation over training speakers and by leaving corpora out."""
         return cls(
+            epochs=20,
             batch_size=64,
             batches="corpus",
             objective="multi-positive",

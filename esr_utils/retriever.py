@@ -4,7 +4,7 @@
 holds. StyleRetriever is ESR's; FS-CLAP's is `fusion.FusionRetriever`.
 
 StyleRetriever. speech: backbone frames (B, L, T, D) -> pooled over time per layer (B, L, P) -> standardised -> mixed
-over layers -> hidden layer -> linear projection (B, d). text: backbone vector -> linear projection (B, d). In ESR
+over layers, or these side by side -> hidden layer -> linear projection (B, d). text: backbone vector -> linear projection (B, d). In ESR
 section III-A, B the mean of the last layer is projected at once; `ModelConfig.paper()` is just that. A style classifier
 reads the speech vectors: it helps training, and alone it is the paper's baseline (section IV-D).
 """
@@ -232,7 +232,9 @@ class SpeechHead(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(n_layers, width))
         self.register_buffer("std", torch.ones(n_layers, width))
-        self.mix = nn.Parameter(torch.zeros(n_layers)) if config.mix_layers else None
+        mixed = config.mix_layers and not config.concat_layers
+        self.mix = nn.Parameter(torch.zeros(n_layers)) if mixed else None
+        width = width if mixed else n_layers * width
         hidden = [nn.Linear(width, config.hidden), nn.GELU(), nn.Dropout(config.dropout)] if config.hidden else []
         projection = nn.Linear(config.hidden or width, config.dim)
         self.projection = nn.Sequential(nn.Dropout(config.dropout), *hidden, projection)
@@ -257,7 +259,7 @@ class SpeechHead(nn.Module):
         each (B, L, P)."""
         mean, std = (one.to(pooled.device) for one in statistics or (self.mean, self.std))
         pooled = (pooled - mean) / std
-        mixed = pooled[:, 0] if self.mix is None else torch.einsum("blp,l->bp", pooled, self.layer_weights)
+        mixed = pooled.flatten(1) if self.mix is None else torch.einsum("blp,l->bp", pooled, self.layer_weights)
         return self.projection(mixed)
 
 

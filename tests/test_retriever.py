@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from esr_utils import weights
-from esr_utils.config import ModelConfig
+from esr_utils.config import ConfigError, ModelConfig
 from esr_utils.retriever import SpeechHead, StyleRetriever, pool
 
 TEXTS = ["An angry voice.", "Speech that is calm."]
@@ -97,6 +97,21 @@ def test_without_the_mix_only_the_last_layer_is_read(tiny_config):
     torch.testing.assert_close(frames[:, 0], layers[:, -1])
     pooled = pool(frames, mask, active, model.config.pooling)
     torch.testing.assert_close(model.speech_vectors(batch), model.speech_head.projection(pooled[:, 0]))
+
+
+def test_layers_side_by_side(tiny_config, tmp_path):
+    model = StyleRetriever.build(tiny_config.but(concat_layers=True)).eval()
+    batch = {"waveform": torch.randn(2, 9000), "n_samples": torch.tensor([9000, 7000])}
+    pooled = pool(*model.frames(batch), model.config.pooling)
+    model.speech_head.fit(torch.randn(40, *pooled.shape[1:]) * 3)
+    standardised = (pooled - model.speech_head.mean) / model.speech_head.std
+    expected = torch.stack([model.speech_head.projection(torch.cat(list(layers))) for layers in standardised])
+    torch.testing.assert_close(model.speech_vectors(batch), expected)
+    assert model.speech_head.mix is None and pooled.shape[1] > 1
+    model.save(tmp_path)
+    torch.testing.assert_close(StyleRetriever.load(tmp_path).speech_vectors(batch), expected)
+    with pytest.raises(ConfigError, match="mix_layers False"):
+        tiny_config.but(concat_layers=True, mix_layers=False)
 
 
 def test_the_head_standardises_by_what_it_was_fitted_on():
