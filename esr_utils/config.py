@@ -254,6 +254,7 @@ class TrainConfig(_Config):
         """Of models/esr-tiny: chosen by cross-validation over training speakers and by leaving corpora out."""
         return cls(
             epochs=20,
+            learning_rate=3e-4,
             batch_size=64,
             batches="corpus",
             objective="multi-positive",
