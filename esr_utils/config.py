@@ -211,6 +211,7 @@ class TrainConfig(_Config):
     level: Level = "normalised"  # loudness gives the style away in acted corpora, so it is taken out by default
     standardise: Standardise = "training"  # pooled features, by the whole split's statistics; mixed: see `training`
     prompt_bank: str = ""  # path of another bank than data_manifests/prompts.json
+    train_on_val: bool = False  # val is trained on too, and the last epoch kept: for a run of which all is settled
     patience: int = 0  # stop after so many epochs without a better validation loss; 0 = never
     seed: int = 0
 
@@ -260,6 +261,7 @@ class TrainConfig(_Config):
             objective="multi-positive",
             schedule="cosine",
             standardise="mixed",
+            train_on_val=True,
             adversarial_weight=0.0,
         )
 

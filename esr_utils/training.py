@@ -39,7 +39,7 @@ def fit(
 
     Writes the run folder (see `runs`). Called again with the same settings it goes on where it was, or, where the run
     is finished, returns its result. "Best" is the lowest contrastive loss over the whole validation split, once that
-    loss is on, with prompts and order fixed; without a validation split it is the last epoch.
+    loss is on, with prompts and order fixed; without a validation split, or if that is trained on, it is the last epoch.
 
     Args:
         manifest: rows of `manifests.load_corpora`, with their `root`.
@@ -145,7 +145,8 @@ class _Trainer(Fitting):
         )
 
     def _clips(self, retriever, manifest, split: str, cache: Path) -> embedding.FrozenClips | batches.WaveformClips:
-        rows = manifest[(manifest["split"] == split) & ~manifest["style"].isin(self.config.held_out_styles)]
+        used = {"train": ["train", "val"], "val": []}[split] if self.config.train_on_val else [split]
+        rows = manifest[manifest["split"].isin(used) & ~manifest["style"].isin(self.config.held_out_styles)]
         described = (rows["style"] != "") | (rows["caption"] != "")  # else there is no sentence to pair it with
         self.skipped |= dict.fromkeys(rows.loc[~described, "utterance_id"], "neither style nor caption")
         cuts = to_cuts(rows[described])

@@ -197,6 +197,14 @@ def test_without_a_validation_split_it_is_the_last_epoch(train, manifest):
     assert not [key for line in lines(train.folder / "run") for key in line if key.startswith("val_")]
 
 
+def test_val_is_trained_on_too_where_that_is_said(train, manifest):
+    train("run", train_on_val=True)
+    moved = manifest.assign(split=manifest["split"].replace("val", "train"))
+    train("moved", moved)
+    assert_equal(best(train.folder / "run"), best(train.folder / "moved"))
+    assert runs.read_json(train.folder / "run" / "resume.json")["best_epoch"] == CONFIG.epochs
+
+
 def test_patience_without_a_validation_split_does_not_stop_the_run(train, manifest):
     train("run", manifest[manifest["split"] != "val"].reset_index(drop=True), patience=1)
     assert len(lines(train.folder / "run")) == 5
