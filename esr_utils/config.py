@@ -129,14 +129,16 @@ class ModelConfig(_Config):
         self._check_numbers()
         self._check_positive("dim", "classifier_hidden", "temperature")
         if self.concat_layers and not self.mix_layers:
-            raise ConfigError("concat_layers is True, and mix_layers False: of the last layer alone there are no others")
+            raise ConfigError(
+                "concat_layers is True, and mix_layers False: of the last layer alone there are no others"
+            )
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout!r}; it must be at least 0 and below 1")
 
     @classmethod
     def released(cls) -> Self:
         """Of models/esr-tiny; see `TrainConfig.released`."""
-        return cls(concat_layers=True, temperature=0.15)
+        return cls(concat_layers=True, dim=256, temperature=0.15)
 
     @classmethod
     def paper(cls) -> Self:
@@ -209,6 +211,7 @@ class TrainConfig(_Config):
     recompute: bool = False  # run backbone layers again in the backward pass instead of keeping what they computed
     precision: Precision = "auto"  # of matrix products; auto: bf16 on a GPU that has it, else fp32
     level: Level = "normalised"  # loudness gives the style away in acted corpora, so it is taken out by default
+    mixup: float = 0.0  # alpha of Beta(alpha, alpha), by which the features of two clips are mixed; 0 = not mixed
     standardise: Standardise = "training"  # pooled features, by the whole split's statistics; mixed: see `training`
     prompt_bank: str = ""  # path of another bank than data_manifests/prompts.json
     train_on_val: bool = False  # val is trained on too, and the last epoch kept: for a run of which all is settled
@@ -227,7 +230,9 @@ class TrainConfig(_Config):
             raise ConfigError(f"betas is {self.betas!r}; both must be at least 0 and below 1")
         if isinstance(self.held_out_styles, str):
             raise ConfigError(f"held_out_styles is {self.held_out_styles!r}; it must be a list of styles")
-        for name, choice in (("standardise", "mixed"), ("batches", "corpus")):
+        if self.mixup and self.objective != "multi-positive":
+            raise ConfigError(f"mixup is {self.mixup!r}, for which objective must be 'multi-positive'")
+        for name, choice in (("standardise", "mixed"), ("batches", "corpus"), ("mixup", self.mixup or None)):
             if getattr(self, name) == choice and self.finetune == "full":
                 raise ConfigError(
                     f"{name} is {choice!r}, which is for features that stay as they are: finetune 'frozen'"
@@ -260,6 +265,7 @@ class TrainConfig(_Config):
             batches="corpus",
             objective="multi-positive",
             schedule="cosine",
+            mixup=0.4,
             standardise="mixed",
             train_on_val=True,
             adversarial_weight=0.0,

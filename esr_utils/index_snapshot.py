@@ -49,7 +49,7 @@ class Snapshot:
         self.has_approximate = any("vector" in one.columns for one in table.table.list_indices())
         self.columns = table.columns()
         self._vectors: tuple[nearest.Vectors, NDArray[np.uint64], NDArray[np.int64]] | None = None
-        self._random: NDArray[np.float64] | None = None
+        self._random: NDArray[np.float32] | None = None
         self._groups: dict[str, tuple[NDArray[np.uint64], NDArray[np.int64]]] = {}
 
     # What counts --------------------------------------------------------------------------------------------
@@ -136,9 +136,9 @@ class Snapshot:
             places = pc.index_in(pa.array(rows, pa.uint64()), found["_rowid"])
             return found.take(places).select(list(self.columns)).to_pandas()
 
-        return Scored(best, _products(self.sample(), vector), take)
+        return Scored(best, np.einsum("nd,d->n", self.sample(), vector), take)
 
-    def sample(self) -> NDArray[np.float64]:
+    def sample(self) -> NDArray[np.float32]:
         """(n, d), at most 4096 of the vectors, drawn with seed 0."""
         if self._random is None:
             rows = self.table.table.count_rows()
@@ -148,7 +148,7 @@ class Snapshot:
                 pc.is_valid(found["vector"]),
                 pc.invert(pc.is_in(found["version"], pa.array(self._dead, pa.int64()))),
             )
-            self._random = matrix(found["vector"].filter(alive), self.table.about["dim"]).astype(np.float64)
+            self._random = matrix(found["vector"].filter(alive), self.table.about["dim"]).astype(np.float32)
         return self._random
 
     def first_of_each(self, rows: NDArray[np.uint64], column: str) -> NDArray[np.int64]:

@@ -6,7 +6,7 @@ the mean over both directions and all rows, so that their weights compare.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,19 +51,40 @@ def _diagonal(logits: Tensor) -> Tensor:
     return torch.eye(len(logits), dtype=torch.bool, device=logits.device)
 
 
-def multi_positive(logits: Tensor, style: Tensor) -> Tensor:
+class Mixed(NamedTuple):
+    """Of clips whose features are mixed with another's (mixup: Zhang et al. 2018), that is of a batch's B:
+
+    Attributes:
+        share: (B,) of the clip itself, the rest is the other's.
+        style: (B,) int labels, the other's.
+    """
+
+    share: Tensor
+    style: Tensor
+
+
+def multi_positive(logits: Tensor, style: Tensor, mixed: Mixed | None = None) -> Tensor:
     """InfoNCE whose target is uniform over all pairs of the row's style (Khosla et al. 2020, Eq. 2, across modalities).
 
-    Equals `info_nce` when all styles in the batch differ. A pair without a style (-1) is right for itself only.
+    Equals `info_nce` when all styles in the batch differ. A pair without a style (-1) is right for itself only. A mixed
+    clip has both its styles for a target, and a text the clips that have its style, each by their share.
 
     Args:
-        logits: (B, B) similarity / tau.
+        logits: (B, B) similarity / tau, rows speech, columns text.
         style: (B,) int labels.
+        mixed: where the clips are mixed; who has no style is not, nor with whom (share 1).
     """
-    same = (style[:, None] == style) & (style != NO_STYLE)
-    same = same | torch.eye(len(style), dtype=torch.bool, device=style.device)
-    target = same / same.sum(1, keepdim=True)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    own = torch.eye(len(style), dtype=torch.bool, device=style.device)
+    target = _uniform(((style[:, None] == style) & (style != NO_STYLE)) | own)
+    if mixed:
+        other = _uniform(((mixed.style[:, None] == style) & (style != NO_STYLE)) | (own & (mixed.share == 1)))
+        target = mixed.share[:, None] * target + (1 - mixed.share[:, None]) * other
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, _uniform(target.T))) / 2
+
+
+def _uniform(right: Tensor) -> Tensor:
+    """Rows that sum to 1."""
+    return right / right.sum(1, keepdim=True)
 
 
 def hard_negative(
@@ -178,12 +199,12 @@ def sigmoid(logits: Tensor, bias: Tensor) -> Tensor:
     return -F.logsigmoid(sign * (logits + bias)).sum() / len(logits)
 
 
-def contrastive(objective: str, logits: Tensor, style: Tensor, bias: Tensor) -> Tensor:
-    """The contrastive term by its name in TrainConfig."""
+def contrastive(objective: str, logits: Tensor, style: Tensor, bias: Tensor, mixed: Mixed | None = None) -> Tensor:
+    """The contrastive term by its name in TrainConfig; only `multi-positive` knows of mixed clips."""
     if objective == "infonce":
         return info_nce(logits)
     if objective == "multi-positive":
-        return multi_positive(logits, style)
+        return multi_positive(logits, style, mixed)
     if objective in HARD_NEGATIVES:
         return hard_negative(logits, variant=HARD_NEGATIVES[objective])
     return sigmoid(logits, bias)
@@ -227,9 +248,16 @@ def modality(discriminator: nn.Module, speech: Tensor, text: Tensor, weight: flo
     return -F.logsigmoid(on_speech).mean() - F.logsigmoid(-on_text).mean()
 
 
-def classification(classifier: nn.Module, speech: Tensor, style: Tensor) -> Tensor:
-    """Cross-entropy of the style classifier on speech embeddings (ESR section III-C.3); 0 if no clip has a style."""
+def classification(classifier: nn.Module, speech: Tensor, style: Tensor, mixed: Mixed | None = None) -> Tensor:
+    """Cross-entropy of the style classifier on speech embeddings (ESR section III-C.3); 0 if no clip has a style. A
+    mixed clip's is that of both its styles, by their shares."""
     labelled = style != NO_STYLE
     if not bool(labelled.any()):
         return speech.sum() * 0.0
-    return F.cross_entropy(classifier(speech[labelled]), style[labelled])
+    logits, style = classifier(speech[labelled]), style[labelled]
+    if mixed is None:
+        return F.cross_entropy(logits, style)
+    share, other = mixed.share[labelled], mixed.style[labelled]
+    other = torch.where(share == 1, style, other)
+    own = share * F.cross_entropy(logits, style, reduction="none")
+    return (own + (1 - share) * F.cross_entropy(logits, other, reduction="none")).mean()

@@ -54,18 +54,21 @@ class Objective(nn.Module):
         self.discriminator = losses.two_layer(retriever.config.dim, config.discriminator_hidden, 1)
         self._bf16 = in_bf16(config.precision, retriever.device)
 
-    def terms(self, speech: Tensor, text: Tensor | None, style: Tensor, stage: str) -> dict[str, Tensor]:
+    def terms(
+        self, speech: Tensor, text: Tensor | None, style: Tensor, stage: str, mixed: losses.Mixed | None = None
+    ) -> dict[str, Tensor]:
         """The loss terms of a stage.
 
         Args:
             speech, text: (B, d) pairs, not normalised; text is None in the stage `classify`.
             style: (B,) int64 labels, -1 without one.
+            mixed: where the clips' features are mixed.
         """
-        terms = {"classification": losses.classification(self.retriever.classifier, speech, style)}
+        terms = {"classification": losses.classification(self.retriever.classifier, speech, style, mixed)}
         if stage != "classify":
             scale = self.retriever.logit_scale
             logits = losses.similarity(speech, text) * (scale.detach() if self.config.fixed_temperature else scale)
-            terms["contrastive"] = losses.contrastive(self.config.objective, logits, style, self.retriever.bias)
+            terms["contrastive"] = losses.contrastive(self.config.objective, logits, style, self.retriever.bias, mixed)
         if stage == "adversarial":
             terms["adversarial"] = losses.modality(self.discriminator, speech, text, self.config.adversarial_weight)
         return terms
@@ -90,7 +93,8 @@ class Objective(nn.Module):
         """As `evaluate`, and adds the gradient of `total` to every trained parameter, the same in each process.
 
         Args:
-            batch: this process's share of the batch; may be empty where another's is not.
+            batch: this process's share of the batch; may be empty where another's is not. With `mixed`, a
+                `losses.Mixed`, its features are mixed already.
             prompts: one a clip.
 
         Returns:
@@ -105,7 +109,7 @@ class Objective(nn.Module):
         speech = torch.cat([part.detach() for part in vectors]).requires_grad_()
         text = None if stage == "classify" else self._text(prompts)
         text_leaf = None if text is None else text.detach().requires_grad_()
-        terms, style = self._terms(speech, text_leaf, batch["style"], stage)
+        terms, style = self._terms(speech, text_leaf, batch["style"], stage, batch.get("mixed"))
         if not terms:
             return {}
         self.total(terms).backward()
@@ -136,12 +140,13 @@ class Objective(nn.Module):
         return self.retriever.text_vectors(prompts)
 
     def _terms(
-        self, speech: Tensor, text: Tensor | None, style: Tensor, stage: str
+        self, speech: Tensor, text: Tensor | None, style: Tensor, stage: str, mixed: losses.Mixed | None = None
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The terms over all processes' clips, and their styles: of the others', only the values are known."""
         speech, style = self._gathered(speech), self._gathered(style.to(speech.device))
         text = None if text is None else self._gathered(text)
-        return (self.terms(speech, text, style, stage) if len(style) else {}), style
+        mixed = losses.Mixed(*(self._gathered(one.to(speech.device)) for one in mixed)) if mixed else None
+        return (self.terms(speech, text, style, stage, mixed) if len(style) else {}), style
 
     def _gathered(self, rows: Tensor) -> Tensor:
         if self.accelerator.num_processes == 1:

@@ -4,9 +4,10 @@
 holds. StyleRetriever is ESR's; FS-CLAP's is `fusion.FusionRetriever`.
 
 StyleRetriever. speech: backbone frames (B, L, T, D) -> pooled over time per layer (B, L, P) -> standardised -> mixed
-over layers, or these side by side -> hidden layer -> linear projection (B, d). text: backbone vector -> linear projection (B, d). In ESR
-section III-A, B the mean of the last layer is projected at once; `ModelConfig.paper()` is just that. A style classifier
-reads the speech vectors: it helps training, and alone it is the paper's baseline (section IV-D).
+over layers, or these side by side -> hidden layer -> linear projection (B, d). text: backbone vector -> linear
+projection (B, d). In ESR section III-A, B the mean of the last layer is projected at once; `ModelConfig.paper()` is
+just that. A style classifier reads the speech vectors: it helps training, and alone it is the paper's baseline
+(section IV-D).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from lhotse.cut import Cut
 from esr_utils import adaptation, batches, embedding, provenance, runs, weights
 from esr_utils.config import ConfigError, ModelConfig, TrainConfig
 from esr_utils.fitting import Fitting
-from esr_utils.losses import NO_STYLE
+from esr_utils.losses import NO_STYLE, Mixed
 from esr_utils.manifests import load_corpora, to_cuts
 from esr_utils.objective import Objective
 from esr_utils.processes import end_with_parent, launch
@@ -39,7 +39,7 @@ def fit(
 
     Writes the run folder (see `runs`). Called again with the same settings it goes on where it was, or, where the run
     is finished, returns its result. "Best" is the lowest contrastive loss over the whole validation split, once that
-    loss is on, with prompts and order fixed; without a validation split, or if that is trained on, it is the last epoch.
+    loss is on, with prompts and order fixed; without a validation split, or if that is trained on, the last epoch.
 
     Args:
         manifest: rows of `manifests.load_corpora`, with their `root`.
@@ -181,12 +181,14 @@ class _Trainer(Fitting):
         """(batch, prompts) of a split in an order drawn from rng: of each batch, this process's share."""
         plan = self.clips[split].plan(rng)[:limit]
         prompts = {batches.utterance_id(cut): self._prompt(cut, rng) for cuts in plan for cut in cuts}
-        mixed = self.mixture.draw(list(prompts), rng) if self.mixture and split == "train" else {}
+        statistics = self.mixture.draw(list(prompts), rng) if self.mixture and split == "train" else {}
         shares = [cuts[self.accelerator.process_index :: self.accelerator.num_processes] for cuts in plan]
         for batch in self.clips[split].load(shares):
             self.skipped |= dict(batch["skipped"])
-            if mixed and batch["utterance_id"]:
-                batch["statistics"] = adaptation.stacked([mixed[utterance] for utterance in batch["utterance_id"]])
+            if statistics and batch["utterance_id"]:
+                batch["statistics"] = adaptation.stacked([statistics[utterance] for utterance in batch["utterance_id"]])
+            if self.config.mixup and split == "train":
+                mix(batch, self.config.mixup, rng)
             yield batch, [prompts[utterance] for utterance in batch["utterance_id"]]
 
     def _prompt(self, cut: Cut, rng: np.random.Generator) -> str:
@@ -204,6 +206,24 @@ def _mixture(retriever: StyleRetriever, rows: pd.DataFrame, features: embedding.
     clips = rows.set_index("utterance_id").loc[names]
     groups = [clips["corpus"].tolist(), (clips["corpus"] + "/" + clips["speaker"]).tolist()]
     return adaptation.Mixture(names, groups, features.pooled.numpy(), adaptation.of_training(retriever))
+
+
+def mix(batch: dict, alpha: float, rng: np.random.Generator) -> None:
+    """Mixes the standardised features of each clip with those of another of the batch (mixup: Zhang et al. 2018).
+
+    Each keeps at least half of itself, the share drawn from Beta(alpha, alpha); with `statistics`, each is standardised
+    by its own. A clip without a style stays as it is. The batch gets `mixed`, a `losses.Mixed`.
+    """
+    style, pooled = batch["style"], batch["pooled"]
+    partner = torch.from_numpy(rng.permutation(len(style)))
+    share = torch.from_numpy(rng.beta(alpha, alpha, len(style)).astype(np.float32))
+    share = torch.maximum(share, 1 - share).where((style != NO_STYLE) & (style[partner] != NO_STYLE), 1.0)
+    other = pooled[partner]
+    if "statistics" in batch:
+        mean, std = batch["statistics"]
+        other = (other - mean[partner]) / std[partner] * std + mean  # as if it were of the clip's own group
+    batch["pooled"] = torch.lerp(other, pooled, share[:, None, None])
+    batch["mixed"] = Mixed(share, style[partner])
 
 
 def parameter_groups(objective: Objective) -> list[dict]:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from esr_utils import config, losses
 from esr_utils.losses import (
+    Mixed,
     hard_negative,
     info_nce,
     mean_over_norm,
@@ -63,6 +64,22 @@ def test_multi_positive_3x3():
 def test_multi_positive_is_info_nce_where_no_two_share_a_style(style):
     found = multi_positive(logits(STYLED), torch.tensor(style))
     torch.testing.assert_close(found, info_nce(logits(STYLED)))
+
+
+def test_multi_positive_of_mixed_clips_2x2():
+    # clip 1 has style 5, a quarter of it style 7, clip 2's: rows (3/4, 1/4), (0, 1); columns (1, 0), (1/5, 4/5)
+    # rows:    1/3, 2/3 -> 3/4 ln 3 + 1/4 ln 3/2;   3/4, 1/4 -> ln 4
+    # columns: 1/4, 3/4 -> ln 4;                    2/3, 1/3 -> 1/5 ln 3/2 + 4/5 ln 3
+    rows = (0.75 * ln(3) + 0.25 * ln(1.5) + ln(4)) / 2
+    columns = (ln(4) + 0.2 * ln(1.5) + 0.8 * ln(3)) / 2
+    mixed = Mixed(torch.tensor([0.75, 1.0]), torch.tensor([7, 5]))
+    found = multi_positive(logits([[1, 2], [3, 1]]), torch.tensor([5, 7]), mixed)
+    assert float(found) == pytest.approx((rows + columns) / 2, abs=1e-6)
+    of_themselves = Mixed(torch.ones(3), torch.tensor([-1, 0, 5]))  # all of themselves: not mixed
+    styles = torch.tensor([5, 5, -1])
+    torch.testing.assert_close(
+        multi_positive(logits(STYLED), styles, of_themselves), multi_positive(logits(STYLED), styles)
+    )
 
 
 # 2 x 2, gamma = 1, e = the entries. Weights of the one negative of each row and column:
@@ -241,6 +258,7 @@ TEACHER = torch.eye(4, dtype=torch.float64) + random_logits(4, seed=1) / 10
 OBJECTIVES = {
     "infonce": info_nce,
     "multi-positive": lambda s: multi_positive(s, STYLE),
+    "mixed": lambda s: multi_positive(s, STYLE, Mixed(torch.tensor([0.5, 0.7, 0.9, 1.0]), torch.tensor([0, 2, 2, 0]))),
     "hard-negative": lambda s: hard_negative(s, 0.5),
     "hard-negative-mga-clap": lambda s: hard_negative(s, 0.5, "mga-clap"),
     "hard-negative-robinson": lambda s: hard_negative(s, 0.5, "robinson"),
@@ -338,6 +356,16 @@ def test_clips_without_a_style_are_left_out_of_classification():
     torch.testing.assert_close(found, F.cross_entropy(classifier(speech[[0, 2]]), torch.tensor([2, 0])))
     found.backward()
     assert bool((speech.grad[[1, 3]] == 0).all()) and bool((speech.grad[[0, 2]] != 0).any())
+
+
+def test_a_mixed_clip_is_classified_as_both_by_their_shares():
+    torch.manual_seed(0)
+    classifier, speech = losses.two_layer(4, 6, 3), torch.randn(4, 4)
+    mixed = Mixed(torch.tensor([0.75, 1.0, 1.0, 0.5]), torch.tensor([1, 2, -1, 2]))
+    found = losses.classification(classifier, speech, torch.tensor([2, -1, 0, 1]), mixed)
+    logs = classifier(speech).log_softmax(1)
+    expected = -(0.75 * logs[0, 2] + 0.25 * logs[0, 1] + logs[2, 0] + 0.5 * logs[3, 1] + 0.5 * logs[3, 2]) / 3
+    torch.testing.assert_close(found, expected)
 
 
 def test_classification_of_a_batch_without_any_style_is_zero_and_can_be_passed_back():

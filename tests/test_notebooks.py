@@ -35,9 +35,7 @@ def test_quickstart_trains_evaluates_plots_searches_and_can_be_heard(folder):
     assert (run / "best" / "model.safetensors").is_file()
     figures = {path.name for path in (run / "figures").iterdir()}
     assert figures == {f"{name}.{kind}" for name in ("training", "recall", "joint_space") for kind in ("png", "svg")}
-    assert (
-        shown.count("<audio controls") == 3 * 7
-    )  # five sentences, an example, own recordings: three players each
+    assert shown.count("<audio controls") == 3 * 7  # five sentences, an example, own recordings: three players each
 
 
 def test_prompt_notebook_finds_no_clash_and_writes_the_map(folder):

@@ -106,6 +106,26 @@ def test_the_gradients_are_those_of_one_plain_backward_pass(tiny_model):
             torch.testing.assert_close(found[name], parameter.grad, atol=1e-7, rtol=1e-5)
 
 
+def test_mixed_clips_reach_both_losses_whatever_the_chunks(tiny_model):
+    batch = pooled_batch()
+    batch["mixed"] = losses.Mixed(torch.tensor([0.6, 0.9, 0.5, 1.0, 1.0, 0.8, 0.7]), batch["style"].roll(1))
+    of = objective(tiny_model, objective="multi-positive").eval()
+    whole = gradients(of, batch, "align")
+    assert_same(
+        gradients(objective(tiny_model, objective="multi-positive", chunk_size=3).eval(), batch, "align"), whole
+    )
+    speech, text = tiny_model.speech_vectors(batch), tiny_model.text_vectors(PROMPTS)
+    logits = losses.similarity(speech, text) * tiny_model.logit_scale
+    expected = {
+        "contrastive": losses.multi_positive(logits, batch["style"], batch["mixed"]),
+        "classification": losses.classification(tiny_model.classifier, speech, batch["style"], batch["mixed"]),
+    }
+    for name, value in expected.items():
+        assert float(whole[f"loss {name}"][0]) == pytest.approx(float(value.detach()), abs=1e-6)
+    plain = gradients(of, pooled_batch(), "align")
+    assert all(abs(float((plain[f"loss {name}"] - whole[f"loss {name}"])[0])) > 1e-3 for name in expected)
+
+
 # Chunks -----------------------------------------------------------------------------------------------------
 
 

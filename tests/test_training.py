@@ -344,6 +344,43 @@ def test_a_stopped_mixed_run_goes_on_as_if_it_had_not_been(train):
     assert lines(train.folder / "stopped") == lines(train.folder / "whole")
 
 
+@pytest.mark.parametrize("groups", [False, True])
+def test_what_is_mixed_are_the_standardised_features(tiny_model, groups):
+    generator, n = torch.Generator().manual_seed(0), 40
+    pooled, style = torch.randn(n, 3, 32, generator=generator) * 3 + 1, torch.randint(-1, 5, (n,), generator=generator)
+    mean, std = torch.randn(n, 3, 32, generator=generator), torch.rand(n, 3, 32, generator=generator) + 0.5
+    batch = {"pooled": pooled, "style": style} | ({"statistics": (mean, std)} if groups else {})
+    training.mix(batch, 0.4, np.random.default_rng(5))
+    partner = torch.from_numpy(np.random.default_rng(5).permutation(n))
+    share, other = batch["mixed"]
+    assert torch.equal(other, style[partner]) and 0.5 <= float(share.min()) < 0.6 and float(share.max()) == 1
+    assert bool((share[(style < 0) | (other < 0)] == 1).all()) and int((share < 1).sum()) >= n / 2
+    standardised = (pooled - mean) / std if groups else pooled
+    weight = share[:, None, None]
+    expected = weight * standardised + (1 - weight) * standardised[partner]
+    found = (batch["pooled"] - mean) / std if groups else batch["pooled"]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_stopped_run_that_mixes_goes_on_as_if_it_had_not_been(train):
+    settings = {"objective": "multi-positive", "mixup": 0.4, "standardise": "mixed", "batches": "corpus"}
+    train("whole", **settings)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        stop_in_epoch(patch, 3)
+        train("stopped", **settings)
+    train("stopped", **settings)
+    assert lines(train.folder / "stopped") == lines(train.folder / "whole")
+    train("plain", **settings | {"mixup": 0.0})
+    assert lines(train.folder / "plain") != lines(train.folder / "whole")
+
+
+def test_mixing_is_for_targets_that_can_be_mixed():
+    with pytest.raises(ConfigError, match="mixup is 0.4, for which objective"):
+        CONFIG.but(mixup=0.4)
+    with pytest.raises(ConfigError, match="mixup is 0.4, which is for features that stay"):
+        CONFIG.but(mixup=0.4, objective="multi-positive", finetune="full")
+
+
 def test_mixed_needs_features_that_stay_as_they_are():
     for name, choice in (("standardise", "mixed"), ("batches", "corpus")):
         with pytest.raises(ConfigError, match=f"{name} is '{choice}'"):
