@@ -100,7 +100,7 @@ def _header(full: str, size: int, mtime_ns: int) -> Header:
 
 
 class ContentNames:
-    """Names for what is kept of cuts: by the content of the audio file, the range and the channel.
+    """Names for what is kept of cuts: by the content of the audio file, the range, the channel and the speed.
 
     A file that changed is another name, whatever it is called; one that moved is the same.
     """
@@ -116,6 +116,7 @@ class ContentNames:
         """
         parts = [cut.start, cut.duration, str(getattr(cut, "channel", 0))]
         parts += [self._digest(source.source) for source in cut.recording.sources]
+        parts += [repr(cut.recording.transforms)] if cut.recording.transforms else []
         return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
     def _digest(self, path: str) -> str:

@@ -91,6 +91,18 @@ def _windows(cut: Cut, whole_s: float, window_s: float) -> Iterator[Cut]:
         yield window.with_id(f"{cut.id}#{i}")
 
 
+def at_speeds(cuts: CutSet, speeds: tuple[float, ...]) -> CutSet:
+    """Each cut, and again at other speeds, where pitch and tempo change together (Ko et al. 2015): as if another voice
+    said it, which `speaker` says. They belong to the same utterance, as several windows of it do."""
+    return CutSet.from_cuts(one for cut in cuts for one in (cut, *(_at_speed(cut, speed) for speed in speeds)))
+
+
+def _at_speed(cut: Cut, speed: float) -> Cut:
+    found = cut.perturb_speed(speed)
+    found.custom = cut.custom | {"speaker": f"{cut.custom['speaker']}@{speed:g}"}
+    return found
+
+
 def style_label(cut: Cut) -> int:
     """Index into STYLES, or -1 without a style."""
     style = cut.custom.get("style") or ""

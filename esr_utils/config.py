@@ -211,6 +211,7 @@ class TrainConfig(_Config):
     recompute: bool = False  # run backbone layers again in the backward pass instead of keeping what they computed
     precision: Precision = "auto"  # of matrix products; auto: bf16 on a GPU that has it, else fp32
     level: Level = "normalised"  # loudness gives the style away in acted corpora, so it is taken out by default
+    speeds: tuple[float, ...] = ()  # each clip also at these, one of all at random in an epoch: e.g. (0.9, 1.1)
     mixup: float = 0.0  # alpha of Beta(alpha, alpha), by which the features of two clips are mixed; 0 = not mixed
     standardise: Standardise = "training"  # pooled features, by the whole split's statistics; mixed: see `training`
     prompt_bank: str = ""  # path of another bank than data_manifests/prompts.json
@@ -230,12 +231,14 @@ class TrainConfig(_Config):
             raise ConfigError(f"betas is {self.betas!r}; both must be at least 0 and below 1")
         if isinstance(self.held_out_styles, str):
             raise ConfigError(f"held_out_styles is {self.held_out_styles!r}; it must be a list of styles")
+        if not isinstance(self.speeds, tuple) or not all(isinstance(s, float) and 0.5 <= s <= 2 for s in self.speeds):
+            raise ConfigError(f"speeds is {self.speeds!r}; it must be a list of numbers from 0.5 to 2")
         if self.mixup and self.objective != "multi-positive":
             raise ConfigError(f"mixup is {self.mixup!r}, for which objective must be 'multi-positive'")
-        for name, choice in (("standardise", "mixed"), ("batches", "corpus"), ("mixup", self.mixup or None)):
-            if getattr(self, name) == choice and self.finetune == "full":
+        for name in ("standardise", "batches", "mixup", "speeds") if self.finetune == "full" else ():
+            if (value := getattr(self, name)) != type(self).__dataclass_fields__[name].default:
                 raise ConfigError(
-                    f"{name} is {choice!r}, which is for features that stay as they are: finetune 'frozen'"
+                    f"{name} is {value!r}, which is for features that stay as they are: finetune 'frozen'"
                 )
         if self.objective == "classifier" and not self.classification_weight > 0:
             raise ConfigError("objective is 'classifier' with a classification_weight of 0: nothing would be trained")
@@ -265,6 +268,7 @@ class TrainConfig(_Config):
             batches="corpus",
             objective="multi-positive",
             schedule="cosine",
+            speeds=(0.9, 1.1),
             mixup=0.4,
             standardise="mixed",
             train_on_val=True,

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from lhotse import CutSet
 from lhotse.cut import Cut
 
 from esr_utils import adaptation, batches, embedding, provenance, runs, weights
@@ -133,7 +134,6 @@ class _Trainer(Fitting):
         self._check_crop(retriever.speech, model_config.speech_backbone)
         if unknown := set(config.held_out_styles) - set(STYLES):
             raise ConfigError(f"held_out_styles: {', '.join(sorted(unknown))} unknown; styles: {', '.join(STYLES)}")
-        self.caption = dict(zip(manifest["utterance_id"], manifest["caption"], strict=True))
         self.mixture: adaptation.Mixture | None = None
         with self.accelerator.main_process_first():  # the others then find the frames
             self.clips = {split: self._clips(retriever, manifest, split, cache) for split in ("train", "val")}
@@ -152,13 +152,15 @@ class _Trainer(Fitting):
         cuts = to_cuts(rows[described])
         if self.config.finetune == "full":
             return self._waveforms(cuts)
+        if split == "train":
+            cuts = batches.at_speeds(cuts, self.config.speeds)
         cuts = batches.pieces(cuts, self.config.crop_s, self.config.crop_s)
         features = embedding.frozen_features(retriever, cuts, self.config.level, cache)
         self.skipped |= dict(features.skipped.itertuples(index=False, name=None))
         if split == "train" and len(features.pooled):
             retriever.speech_head.fit(features.pooled.to(retriever.device))
             if self.config.standardise == "mixed":
-                self.mixture = _mixture(retriever, rows, features, cuts)
+                self.mixture = _mixture(retriever, features, cuts)
         by_corpus = split == "train" and self.config.batches == "corpus"
         return embedding.FrozenClips(features, cuts, self.config.batch_size, by_corpus)
 
@@ -181,12 +183,13 @@ class _Trainer(Fitting):
         """(batch, prompts) of a split in an order drawn from rng: of each batch, this process's share."""
         plan = self.clips[split].plan(rng)[:limit]
         prompts = {batches.utterance_id(cut): self._prompt(cut, rng) for cuts in plan for cut in cuts}
-        statistics = self.mixture.draw(list(prompts), rng) if self.mixture and split == "train" else {}
+        heard = [cut.id for cuts in plan for cut in cuts]
+        statistics = self.mixture.draw(heard, rng) if self.mixture and split == "train" else {}
         shares = [cuts[self.accelerator.process_index :: self.accelerator.num_processes] for cuts in plan]
         for batch in self.clips[split].load(shares):
             self.skipped |= dict(batch["skipped"])
-            if statistics and batch["utterance_id"]:
-                batch["statistics"] = adaptation.stacked([statistics[utterance] for utterance in batch["utterance_id"]])
+            if statistics and batch["cut_id"]:
+                batch["statistics"] = adaptation.stacked([statistics[cut_id] for cut_id in batch["cut_id"]])
             if self.config.mixup and split == "train":
                 mix(batch, self.config.mixup, rng)
             yield batch, [prompts[utterance] for utterance in batch["utterance_id"]]
@@ -195,17 +198,17 @@ class _Trainer(Fitting):
         """A random prompt of the clip's style; a clip without a style is described by its caption."""
         style = batches.style_label(cut)
         if style == NO_STYLE:
-            return self.caption[batches.utterance_id(cut)]
+            return cut.custom["caption"]
         return self.bank.sample(STYLES[style], rng, self.config.augment_prompts)
 
 
-def _mixture(retriever: StyleRetriever, rows: pd.DataFrame, features: embedding.Features, cuts) -> adaptation.Mixture:
-    """Of the training split: its clips' corpora, and their speakers."""
-    owner = {cut.id: batches.utterance_id(cut) for cut in cuts}
-    names = [owner[cut_id] for cut_id in features.cut_ids]
-    clips = rows.set_index("utterance_id").loc[names]
-    groups = [clips["corpus"].tolist(), (clips["corpus"] + "/" + clips["speaker"]).tolist()]
-    return adaptation.Mixture(names, groups, features.pooled.numpy(), adaptation.of_training(retriever))
+def _mixture(retriever: StyleRetriever, features: embedding.Features, cuts: CutSet) -> adaptation.Mixture:
+    """Of the training split's cuts: their corpora, and their speakers."""
+    about = {cut.id: cut.custom for cut in cuts}
+    corpora = [about[cut_id]["corpus"] for cut_id in features.cut_ids]
+    speakers = [f"{about[cut_id]['corpus']}/{about[cut_id]['speaker']}" for cut_id in features.cut_ids]
+    groups, training = [corpora, speakers], adaptation.of_training(retriever)
+    return adaptation.Mixture(features.cut_ids, groups, features.pooled.numpy(), training)
 
 
 def mix(batch: dict, alpha: float, rng: np.random.Generator) -> None:

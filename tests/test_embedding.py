@@ -348,6 +348,32 @@ def test_a_long_clip_with_a_silent_window_is_the_mean_of_the_others(tiny_model, 
     assert float(found.vectors[0] @ expected) == pytest.approx(1, abs=1e-4) and found.skipped.empty
 
 
+def test_clips_at_other_speeds_are_other_voices_of_the_same_utterance(tiny_model, cuts, cache):
+    """A clip at 0.9 of its speed has 1/0.9 of the samples, and is kept for itself."""
+    cuts = CutSet.from_cuts(list(cuts)[:2])
+    found = list(batches.at_speeds(cuts, (0.9, 1.1)))
+    assert len({cut.id for cut in found}) == 6
+    for i, cut in enumerate(cuts):
+        same, slow, fast = found[3 * i : 3 * i + 3]
+        assert {batches.utterance_id(one) for one in (same, slow, fast)} == {cut.id}
+        speaker = cut.custom["speaker"]
+        assert [one.custom["speaker"] for one in (same, slow, fast)] == [speaker, f"{speaker}@0.9", f"{speaker}@1.1"]
+        plain = batches.load_waveform(same, LEVEL)
+        for one, speed in ((slow, 0.9), (fast, 1.1)):
+            waveform = batches.load_waveform(one, LEVEL)
+            assert abs(len(waveform) - len(plain) / speed) <= 2
+            peaks = [float(torch.fft.rfft(x).abs()[: 6 * len(x) // 16].argmax()) / len(x) for x in (plain, waveform)]
+            assert peaks[1] == pytest.approx(peaks[0] * speed, rel=0.02)  # the strongest frequency moves with it
+    features = frozen_features(tiny_model, CutSet.from_cuts(found), LEVEL, cache)
+    again = frozen_features(tiny_model, CutSet.from_cuts(found), LEVEL, cache)
+    assert (
+        torch.equal(features.pooled, again.pooled)
+        and len(set(map(FrameCache(tiny_model.speech, LEVEL).path, found))) == 6
+    )
+    assert len({tuple(row.flatten().tolist()) for row in features.pooled}) == 6
+    assert list(batches.at_speeds(cuts, ())) == list(cuts)
+
+
 # What training reads ----------------------------------------------------------------------------------------
 
 

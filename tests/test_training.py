@@ -363,7 +363,13 @@ def test_what_is_mixed_are_the_standardised_features(tiny_model, groups):
 
 
 def test_a_stopped_run_that_mixes_goes_on_as_if_it_had_not_been(train):
-    settings = {"objective": "multi-positive", "mixup": 0.4, "standardise": "mixed", "batches": "corpus"}
+    settings = {
+        "objective": "multi-positive",
+        "mixup": 0.4,
+        "standardise": "mixed",
+        "batches": "corpus",
+        "speeds": (0.9,),
+    }
     train("whole", **settings)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
         stop_in_epoch(patch, 3)
@@ -382,8 +388,8 @@ def test_mixing_is_for_targets_that_can_be_mixed():
 
 
 def test_mixed_needs_features_that_stay_as_they_are():
-    for name, choice in (("standardise", "mixed"), ("batches", "corpus")):
-        with pytest.raises(ConfigError, match=f"{name} is '{choice}'"):
+    for name, choice in (("standardise", "mixed"), ("batches", "corpus"), ("speeds", (0.9,))):
+        with pytest.raises(ConfigError, match=re.escape(f"{name} is {choice!r}, which is for features")):
             CONFIG.but(**{name: choice, "finetune": "full"})
 
 
@@ -883,7 +889,7 @@ def test_the_papers_recipe_to_the_letter():
         ("epochs", -1), ("epochs", "3"), ("batch_size", 2.5), ("batch_size", 0), ("max_steps", -1),
         ("layer_decay", 2.0), ("layer_decay", 0.0), ("adversarial_weight", float("nan")), ("classify_epochs", -5),
         ("chunk_size", -1), ("betas", (0.9, 1.0)), ("precision", "fp16"), ("held_out_styles", "calm"), ("seed", -1),
-        ("crop_s", True), ("schedule", "linear"),
+        ("crop_s", True), ("schedule", "linear"), ("speeds", (0.1,)), ("speeds", 0.9), ("speeds", ("fast",)),
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused_by_name(setting, value):
