@@ -135,11 +135,10 @@ def of_few(found: list[LeftOut]) -> list[dict]:
     return rows
 
 
-def few_styles(one: LeftOut, rows: np.ndarray) -> bool:
-    """Whether some clips look as if they had too few styles to adapt."""
+def effective(one: LeftOut, rows: np.ndarray) -> float:
+    """How many styles some clips seem to have, which is what an index goes by."""
     every = evaluation.style_queries(one.model, list(STYLES), "seen")
-    counts = adaptation.style_counts(one.model, one.pooled[rows], every)
-    return adaptation.effective_styles(counts) < adaptation.FEW_STYLES
+    return adaptation.effective_styles(adaptation.style_counts(one.model, one.pooled[rows], every))
 
 
 def of_one_style(found: list[LeftOut], share: float, n: int = 100) -> list[dict]:
@@ -157,11 +156,16 @@ def of_one_style(found: list[LeftOut], share: float, n: int = 100) -> list[dict]
             if not share:
                 draw = rng.choice(len(one.clips), n, replace=False)
             accuracies = accuracy(one, draw, False), accuracy(one, draw, True)
-            rows.append((*accuracies, few_styles(one, draw)))
-    before, after, warned = np.mean(rows, axis=0)
+            rows.append((*accuracies, effective(one, draw)))
+    before, after, _ = np.mean(rows, axis=0)
+    styles = np.transpose(rows)[2]
+    low, middle, high = np.quantile(styles, [0.1, 0.5, 0.9])
+    warned = (styles < adaptation.FEW_STYLES).mean()
     name = f"{share:.0%} of one style" if share else "drawn from all"
     return [{"corpus": found[0].clips.at[0, "corpus"], "clips": name, "draws": len(rows),
-             "training's": f"{before:.2f}", "their own": f"{after:.2f}", "warned of": f"{warned:.2f}"}]  # fmt: skip
+             "training's": f"{before:.2f}", "their own": f"{after:.2f}",
+             "styles they seem to have (10, 50, 90 %)": f"{low:.1f}, {middle:.1f}, {high:.1f}",
+             "warned of": f"{warned:.2f}"}]  # fmt: skip
 
 
 def show(title: str, table: pd.DataFrame) -> None:
