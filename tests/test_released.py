@@ -57,16 +57,16 @@ def test_both_backbones_are_named_and_not_in_it(released):
 
 
 def test_it_is_as_good_as_its_card_on_some_clips_of_speakers_it_has_not_heard(released, tmp_path):
-    """Every fourth test clip of the demo corpus, one in 22 styles: 110 clips, whose share has a deviation of 0.05."""
+    """Every eighth test clip of the demo corpus, one in 22 styles: 55 clips, whose share has a deviation of 0.064."""
     (row,) = re.findall(r"^\| demo +\| seen +\| training .*$", CARD, flags=re.MULTILINE)
     claimed = float(row.split("|")[-2].split()[0])
     clips = load_corpora("demo")
-    clips = clips[clips["split"] == "test"].iloc[::4]
+    clips = clips[clips["split"] == "test"].iloc[::8]
     found = embed(released, to_cuts(clips), SETTINGS["training"]["level"], tmp_path)
     styles = sorted(set(clips["style"]))
     nearest = (found.vectors @ style_queries(released, styles, "seen").T).argmax(axis=1)
     right = np.array(styles)[nearest] == clips.set_index("utterance_id").loc[found.utterance_ids, "style"]
-    assert abs(right.mean() - claimed) < 0.15 and claimed > 0.4
+    assert abs(right.mean() - claimed) < 0.2 and claimed > 0.4
 
 
 def test_the_card_says_what_must_be_said():
