@@ -157,13 +157,14 @@ def of_one_style(found: list[LeftOut], share: float, n: int = 100) -> list[dict]
                 draw = rng.choice(len(one.clips), n, replace=False)
             accuracies = accuracy(one, draw, False), accuracy(one, draw, True)
             rows.append((*accuracies, effective(one, draw)))
-    before, after, _ = np.mean(rows, axis=0)
-    styles = np.transpose(rows)[2]
+    before, after, styles = np.transpose(rows)
+    gated = np.where(styles < adaptation.FEW_STYLES, before, after).mean()
     low, middle, high = np.quantile(styles, [0.1, 0.5, 0.9])
     warned = (styles < adaptation.FEW_STYLES).mean()
     name = f"{share:.0%} of one style" if share else "drawn from all"
     return [{"corpus": found[0].clips.at[0, "corpus"], "clips": name, "draws": len(rows),
-             "training's": f"{before:.2f}", "their own": f"{after:.2f}",
+             "training's": f"{before.mean():.2f}", "their own": f"{after.mean():.2f}",
+             "as an index does": f"{gated:.2f}",
              "styles they seem to have (10, 50, 90 %)": f"{low:.1f}, {middle:.1f}, {high:.1f}",
              "warned of": f"{warned:.2f}"}]  # fmt: skip
 

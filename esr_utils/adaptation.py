@@ -133,6 +133,11 @@ def of_training(model: Retriever) -> Statistics:
     return Statistics(0, model.speech_head.mean.cpu().numpy(), model.speech_head.std.cpu().numpy())
 
 
+def is_possible(model: Retriever) -> bool:
+    """Whether the retriever standardises pooled features, so that it can be by other statistics."""
+    return isinstance(model, StyleRetriever) and model.speech_head.is_fitted
+
+
 def usable(own: Statistics, training: Statistics) -> Statistics:
     """A group's own statistics, or those of the training where the group has under MIN_CLIPS clips."""
     return own if own.count >= MIN_CLIPS else training

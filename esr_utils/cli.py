@@ -10,7 +10,6 @@ import json
 import math
 import os
 import sys
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from esr_utils.cli_options import ERROR, INTERRUPTED, NOTHING, OK, PIPE_CLOSED, USAGE, parser
@@ -93,17 +92,14 @@ def _index(options: Namespace) -> int:
     known = ("off", "all", "file", "channel", "speaker", *found.labels.names())
     if options.adapt and options.adapt not in known:
         raise UsageError(f"--adapt {options.adapt}: it is off, all, or a column, here {', '.join(known[2:])}")
-    index = _to_fill(options)
+    index = recordings.index_for(options.index, found, options.run, options.channels, options.adapt)
     with quiet_libraries(), Bar(shown=_watched()) as bar:
         report = recordings.refresh(index, found, bar)
     for key, reason in (report.problems | report.left_out).items():
         _say(f"{_shown(key)}: {reason}")
     for group, n in report.few_styles.items():
-        of = f"of {index.about['adapt']} {group}" if group else "of this index"
-        _say(
-            f"the moments {of} seem to be of few styles (about {n:.1f}): adapting to them takes out what they have in "
-            "common. Of one style, an index made with --adapt off finds more"
-        )
+        of = f"of {index.about['adapt']} {group}" if group else "of this index as a whole"
+        _say(f"the moments {of} seem to be of few styles (about {n:.1f}), so they are not adapted to")
     files = index.files()
     about = {
         "embedded": report.embedded, "moments": report.moments, "speech_s": round(report.speech_s, 3),
@@ -122,21 +118,6 @@ def _index(options: Namespace) -> int:
             f"{options.index} holds {about['moments_in_index']} moments of {len(files)} files"
         )
     return OK
-
-
-def _to_fill(options: Namespace) -> Index:
-    """The index to bring up to date. As it was made, it is opened without its retriever, which may not be needed."""
-    from esr_utils import recordings
-    from esr_utils.index import Index
-    from esr_utils.index_rows import IndexUnusable
-
-    if not (options.run or options.channels or options.adapt):
-        with suppress(IndexUnusable):
-            return Index.open(options.index)
-    model, level, run = recordings.retriever_of(options.index, options.run)
-    index = Index.create(options.index, model, level=level, run=run, channels=options.channels, adapt=options.adapt)
-    model.text.release()  # no sentence is read here, and it takes 90 MB and more
-    return index
 
 
 def _search(options: Namespace) -> int:

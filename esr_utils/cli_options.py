@@ -82,7 +82,8 @@ def parser() -> argparse.ArgumentParser:
     index.add_argument(
         "--adapt", metavar="BY",
         help="make vectors by the statistics of what the index holds: of 'all' of it, or of each value in a column, as "
-        "speaker; 'off': by those of the training (default: as the index does; off in a new one)",
+        "speaker; 'off': by those of the training (default: as the index does; a new one by speaker, where a "
+        "labels.csv names one, else off)",
     )  # fmt: skip
     index.add_argument(
         "--gone", action="store_true",

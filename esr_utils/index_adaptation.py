@@ -47,11 +47,11 @@ class Book:
 
     Attributes:
         held: what the index held when they were taken.
-        groups: id and statistics of each group that has its own.
+        groups: id and statistics of each group that has its own; "" and None of one that is left by the training's.
     """
 
     held: str
-    groups: Mapping[str, tuple[str, Statistics]]
+    groups: Mapping[str, tuple[str, Statistics | None]]
 
     def of(self, group: str) -> tuple[str, Statistics | None]:
         """Id and statistics for a group: its own, else those of all, else "" and None for the training's."""
@@ -65,8 +65,8 @@ class Adapted:
     Attributes:
         files: of how many vectors were made anew.
         few_styles: of the groups whose statistics were taken, those that seem to hold few styles
-            (`adaptation.effective_styles`), with their number: their statistics are perhaps these styles, and take them
-            out. "" is all moments.
+            (`adaptation.effective_styles`), with their number. Their statistics would perhaps be these styles, and take
+            them out: they are left by the training's. "" is all moments.
     """
 
     files: int = 0
@@ -91,7 +91,7 @@ def adapt(index: IndexWriter, model: StyleRetriever, again: bool = False) -> Ada
     told, held, few = read(index, model), _held(entries), {}
     if told.held != held or again:
         now = _Statistics(index, model)
-        told, few = now.taken(told, held), now.few_styles()
+        told, few = now.taken(told, held)
         _write(index, told)
     stale = _stale(index, told)
     if stale:
@@ -118,9 +118,8 @@ def read(index: IndexTable, model: StyleRetriever) -> Book:
     mean, std = (np.stack(rows[name].to_numpy()).reshape(-1, *shape) for name in ("mean", "std"))
     about = rows.select(["group", "id", "held", "count"]).to_pylist()
     found = {
-        row["group"]: (row["id"], Statistics(row["count"], *values))
+        row["group"]: (row["id"], Statistics(row["count"], *values) if row["id"] else None)
         for row, *values in zip(about, mean, std, strict=True)
-        if row["id"]
     }
     return Book(about[0]["held"], found)
 
@@ -133,12 +132,12 @@ def _write(index: IndexWriter, book: Book) -> None:
     names = {"group": pa.string(), "id": pa.string(), "held": pa.string(), "written": pa.int64(), "count": pa.int64()}
     schema = pa.schema([*names.items(), ("mean", number), ("std", number)])
     nothing = Statistics(0, np.zeros(p, np.float32), np.ones(p, np.float32))
-    groups = {_WHOLE: ("", nothing)} | dict(book.groups)  # a row at least, which says what was held
+    groups = {_WHOLE: ("", None)} | dict(book.groups)  # a row at least, which says what was held
     now = index.now()
     rows = [
-        {"group": group, "id": name, "held": book.held, "written": now, "count": found.count,
-         "mean": found.mean.ravel(), "std": found.std.ravel()}
-        for group, (name, found) in groups.items()
+        {"group": group, "id": name, "held": book.held, "written": now, "count": (own or nothing).count,
+         "mean": (own or nothing).mean.ravel(), "std": (own or nothing).std.ravel()}
+        for group, (name, own) in groups.items()
     ]  # fmt: skip
     table = database.create_table(TABLE, schema=schema, exist_ok=True)
     index.commit(lambda: table.add(pa.Table.from_pylist(rows, schema=schema)))
@@ -161,21 +160,18 @@ class _Statistics:
         self.queries = style_queries(model, list(STYLES), "seen")
         self.styles: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(len(STYLES), np.int64))
 
-    def taken(self, before: Book, held: str) -> Book:
-        """What holds now: of before what has not moved, and none of groups with too few moments."""
-        found = {}
+    def taken(self, before: Book, held: str) -> tuple[Book, dict[str, float]]:
+        """What holds now: of before what has not moved, and none of groups with too few moments; and `few_styles`."""
+        found, few = {}, {}
         for group, own in adaptation.gather(self._parts()).items():
             if adaptation.usable(own, self.training) is not own:
                 continue
-            known = before.groups.get(group)
-            found[group] = known if known and not self._moved(known[1], own) else (secrets.token_hex(8), own)
-        return Book(held, found)
-
-    def few_styles(self) -> dict[str, float]:
-        """See `Adapted`; once statistics are taken."""
-        enough = {group: counts for group, counts in self.styles.items() if counts.sum() >= adaptation.MIN_CLIPS}
-        found = {group: adaptation.effective_styles(counts) for group, counts in enough.items()}
-        return {group: styles for group, styles in found.items() if styles < adaptation.FEW_STYLES}
+            if (styles := adaptation.effective_styles(self.styles[group])) < adaptation.FEW_STYLES:
+                found[group], few[group] = ("", None), styles
+                continue
+            name, known = before.groups.get(group, ("", None))
+            found[group] = (name, known) if known and not self._moved(known, own) else (secrets.token_hex(8), own)
+        return Book(held, found), few
 
     def _moved(self, before: Statistics, now: Statistics) -> bool:
         mean = (now.mean - before.mean) / self.training.std

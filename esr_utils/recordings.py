@@ -27,6 +27,7 @@ from esr_utils.index import Index
 from esr_utils.index_rows import Changes, Embedded, File, IndexUnusable
 from esr_utils.index_table import matrix
 from esr_utils.listening import Embedder, Made, Place, Report
+from esr_utils.moments import Channels
 from esr_utils.recording_labels import Labels
 from esr_utils.retriever import Retriever
 from esr_utils.weights import WeightsError
@@ -107,15 +108,50 @@ def open_index(
         Index.open(uri)  # that there is none is said before a model is loaded
         return Index.open(uri, retriever_of(uri, run)[0]), Report()
     found = find(places)
-    model, level, folder = retriever_of(uri, run)
-    index = Index.create(uri, model, level=level, run=folder)
+    index = index_for(uri, found, run)
     with tqdm(unit="file", desc="index", leave=False) as bar:
 
         def heard(done: int, total: int, _: float) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        return index, refresh(index, found, progress=heard)
+        report = refresh(index, found, progress=heard)
+    model_of(index)
+    return index, report
+
+
+def index_for(
+    uri: str | Path,
+    found: Found,
+    run: str | Path | None = None,
+    channels: Channels | None = None,
+    adapt: str | None = None,
+) -> Index:
+    """The index of recordings that is there, or a new one.
+
+    As it was made, it is opened without its retriever, which `refresh` loads if it needs it.
+
+    Args:
+        run: as `retriever_of`.
+        channels, adapt: as `Index.create`. A new index adapts by speaker where the labels name one and the retriever
+            can: on corpora left out of the training that gains, or costs nothing (`benchmarks/adaptation.py`).
+
+    Raises:
+        IndexUnusable, AdaptationError: as `Index.create`.
+        weights.WeightsError: as `retriever_of`.
+    """
+    try:
+        there = Index.open(uri)
+    except IndexUnusable:
+        there = None
+    if there and not (run or channels or adapt):
+        return there
+    model, level, folder = retriever_of(uri, run)
+    if not there and not adapt and "speaker" in found.labels.names() and adaptation.is_possible(model):
+        adapt = "speaker"
+    index = Index.create(uri, model, level=level, run=folder, channels=channels, adapt=adapt)
+    model.text.release()  # while recordings are heard no sentence is read, and it takes 90 MB and more
+    return index
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,12 @@ from esr_utils.index_rows import Embedded, File, IndexUnusable
 N = 30  # moments in a file
 
 
+@pytest.fixture(autouse=True)
+def any_styles(monkeypatch):
+    """What a retriever that is not trained takes for styles, says nothing."""
+    monkeypatch.setattr(adaptation, "FEW_STYLES", 0.0)
+
+
 @pytest.fixture
 def model(tiny_model):
     tiny_model.speech_head.fit(torch.from_numpy(features(300, 99)))
@@ -143,7 +149,7 @@ def test_interrupted_it_is_completed_and_nothing_is_lost(model, tmp_path, monkey
     check(index, model, dict.fromkeys(FILES, of(*FILES.values())), **FILES)
 
 
-def test_groups_that_seem_to_hold_one_style_are_told(model, tmp_path, monkeypatch):
+def test_groups_that_seem_to_hold_one_style_are_told_and_left_by_the_trainings(model, tmp_path, monkeypatch):
     """Of anna's clips the nearest style is always the same, of the others' it is any."""
     index = Index.create(tmp_path / "index", model, adapt="speaker")
     one = np.repeat(features(1, 8), 2 * N, axis=0)
@@ -151,11 +157,19 @@ def test_groups_that_seem_to_hold_one_style_are_told(model, tmp_path, monkeypatc
     alike = embedded(model, "a", 1, speaker="anna", n=2 * N)
     index.add([replace(alike, pooled=one.reshape(2 * N, -1)), *(embedded(model, k, *v) for k, v in varied.items())])
     monkeypatch.setattr(adaptation, "FEW_STYLES", 1.5)
-    assert index_adaptation.adapt(index, model).few_styles == {"anna": pytest.approx(1.0)}
-    assert index_adaptation.adapt(index, model).few_styles == {}  # said once
+    found = index_adaptation.adapt(index, model)
+    assert found.few_styles == {"anna": pytest.approx(1.0)} and found.files == 2
+    made_by = vectors(index).groupby("file")["adapted"].unique()
+    assert list(made_by["a"]) == [""] and made_by["b"][0] and made_by["c"][0]  # not by the whole's either
+    again = index_adaptation.adapt(index, model)
+    assert again.few_styles == {} and again.files == 0  # said once, and it holds
+    monkeypatch.setattr(adaptation, "FEW_STYLES", 0.5)
+    assert index_adaptation.adapt(index, model, again=True).files == 1 and all(vectors(index)["adapted"] != "")
     monkeypatch.setattr(adaptation, "FEW_STYLES", 22.1)
-    assert set(index_adaptation.adapt(index, model, again=True).few_styles) == {"", "anna", "ben", "carl"}
-    monkeypatch.setattr(adaptation, "MIN_CLIPS", 61)  # and the rest is by the training's
+    found = index_adaptation.adapt(index, model, again=True)
+    assert set(found.few_styles) == {"", "anna", "ben", "carl"} and set(vectors(index)["adapted"]) == {""}
+    assert index_adaptation.statistics(index, model) is None
+    monkeypatch.setattr(adaptation, "MIN_CLIPS", 61)
     assert set(index_adaptation.adapt(index, model, again=True).few_styles) == {""}
 
 
@@ -235,3 +249,17 @@ def test_opened_without_its_retriever_it_adapts_by_that_of_its_run(model, folder
     report = recordings.refresh(index, recordings.find(folder))
     assert report.embedded == 1 and report.adapted > 0
     assert set(vectors(index)["adapted"]) == {index_adaptation.read(index, model).of("")[0]}
+
+
+def test_a_new_index_adapts_by_speaker_where_the_labels_name_one(model, folder, tmp_path, few):
+    model.save(tmp_path / "run" / "best")
+    runs.write_json(tmp_path / "run" / "config.json", {"training": {"level": "normalised"}})
+    found = recordings.find(folder)
+    index = recordings.index_for(tmp_path / "index", found, tmp_path / "run")
+    assert index.about["adapt"] == "speaker" and recordings.refresh(index, found).adapted == 2
+    assert recordings.index_for(tmp_path / "index", found).about["adapt"] == "speaker"
+    assert recordings.index_for(tmp_path / "off", found, tmp_path / "run", adapt="off").about["adapt"] == "off"
+    assert recordings.index_for(tmp_path / "off", found, tmp_path / "run").about["adapt"] == "off"  # as it was made
+    (folder / "labels.csv").unlink()
+    plain = recordings.index_for(tmp_path / "plain", recordings.find(folder), tmp_path / "run")
+    assert plain.about["adapt"] == "off"

@@ -49,7 +49,9 @@ def test_it_is_small_and_says_nothing_of_where_it_was_made():
 
 def test_both_backbones_are_named_and_not_in_it(released):
     about = runs.read_json(runs.RELEASED / "best" / "config.json")
-    assert not about["speech_backbone_tuned"] and about["speech_backbone_sha256"] == weights.fingerprint(released.speech)
+    assert not about["speech_backbone_tuned"] and about["speech_backbone_sha256"] == weights.fingerprint(
+        released.speech
+    )
     assert about["text_backbone_sha256"] == released.text.sha256
     state = weights.read_state(runs.RELEASED / "best" / "model.safetensors")
     assert not [name for name in state if name.startswith(("speech.", "text."))]
