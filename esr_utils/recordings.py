@@ -149,7 +149,8 @@ def index_for(
     model, level, folder = retriever_of(uri, run)
     if not there and not adapt and "speaker" in found.labels.names() and adaptation.is_possible(model):
         adapt = "speaker"
-    index = Index.create(uri, model, level=level, run=folder, channels=channels, adapt=adapt)
+    made_by = "" if folder == str(runs.run_folder(DEFAULT_RUN)) else folder  # the default is where the project is
+    index = Index.create(uri, model, level=level, run=made_by, channels=channels, adapt=adapt)
     model.text.release()  # while recordings are heard no sentence is read, and it takes 90 MB and more
     return index
 
