@@ -52,6 +52,7 @@ class IndexTable:
         self.uri, self.table = uri, table
         self.about = _about(uri, table)
         self._latest = 0  # when the last entry was written of those that were seen
+        self._checked = table.version  # the newest whose `about` was seen
 
     # Opening ------------------------------------------------------------------------------------------------
 
@@ -135,12 +136,14 @@ class IndexTable:
     def reload(self) -> int:
         """Goes to the newest version, which other processes may have written, and returns its number."""
         self.table.checkout_latest()
-        if (found := _about(self.uri, self.table)) != self.about:
+        version = self.table.version
+        if version != self._checked and (found := _about(self.uri, self.table)) != self.about:
             raise IndexUnusable(
                 f"{self.uri} was replaced by an index of model {found['model']!r} while one of {self.about['model']!r} "
                 "was open: open it again"
             )
-        return self.table.version
+        self._checked = version
+        return version
 
     # Reading ------------------------------------------------------------------------------------------------
 
