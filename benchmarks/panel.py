@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/panel.py                                            # prints the seconds
     .venv/bin/python benchmarks/panel.py --screenshot notebooks/images/11_search.png      # the README's picture too
 
-It searches the demo corpus by the default run; the first time the index, and the run, are made (a minute or two).
+It searches the demo corpus by models/esr-tiny; the first time the index is made (a minute or two).
 Chromium is the system's; all else that it needs is in requirements.txt.
 """
 

@@ -27,12 +27,12 @@ ABOUT = ("kind", "model", "training", "corpora", "clips", "prompts_sha256", "man
 
 
 def evaluated(seed: int, adapt: str) -> dict:
-    """Results on the test split of each corpus, of a run that is trained unless it is there."""
+    """Results on the test split of each corpus. The run is trained unless it is there; another recipe's is refused."""
     folder = RUN / f"seed{seed}"
     path = folder / (f"results-{adapt}.json" if adapt else "results.json")
+    clips = manifests.load_corpora(CORPORA)
+    model = training.fit(clips, folder, ModelConfig.released(), TrainConfig.released().but(seed=seed))
     if not path.is_file():
-        clips = manifests.load_corpora(CORPORA)
-        model = training.fit(clips, folder, ModelConfig.released(), TrainConfig.released().but(seed=seed))
         runs.write_json(path, evaluation.evaluate(model, clips, adapt=adapt).results)
     return runs.read_json(path)
 

@@ -49,9 +49,11 @@ class _Config:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
 
     def _check_numbers(self) -> None:
-        """Every number is finite and not negative; whole where it is declared so."""
+        """Every number is finite and not negative, whole where it is declared so; a truth value is one."""
         for field in fields(self):
             value = getattr(self, field.name)
+            if field.type == "bool" and not isinstance(value, bool):
+                raise ConfigError(f"{field.name} is {value!r}; it must be True or False")
             if field.type not in ("int", "float"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int if field.type == "int" else (int, float)):
@@ -190,7 +192,9 @@ class TrainConfig(_Config):
     align_epochs: int = 5  # stage 2: + contrastive; stage 3, + adversarial, is the rest
     max_steps: int = 0  # stop after so many optimiser steps; 0 = no limit
     batch_size: int = 32  # N, pairs in a contrastive batch
-    batches: Batches = "any"  # corpus: each of one, and a corpus as often as it has voices (`batches.by_corpus`)
+    batches: Batches = (
+        "any"  # corpus: each of one, and a corpus as often as it has speakers named (`batches.by_corpus`)
+    )
     crop_s: float = 8.0  # seconds, longest piece of a clip seen in training
     learning_rate: float = 1e-3  # encoders, projections, classifier
     discriminator_learning_rate: float = 4e-4  # the paper's is 0.4 of the encoders' too
@@ -231,8 +235,11 @@ class TrainConfig(_Config):
             raise ConfigError(f"betas is {self.betas!r}; both must be at least 0 and below 1")
         if isinstance(self.held_out_styles, str):
             raise ConfigError(f"held_out_styles is {self.held_out_styles!r}; it must be a list of styles")
-        if not isinstance(self.speeds, tuple) or not all(isinstance(s, float) and 0.5 <= s <= 2 for s in self.speeds):
-            raise ConfigError(f"speeds is {self.speeds!r}; it must be a list of numbers from 0.5 to 2")
+        speeds = self.speeds if isinstance(self.speeds, tuple) else ("",)
+        if not all(isinstance(s, int | float) and 0.5 <= s <= 2 and s != 1 for s in speeds) or len({*speeds}) < len(
+            speeds
+        ):
+            raise ConfigError(f"speeds is {self.speeds!r}; it must be different numbers from 0.5 to 2, without 1")
         if self.mixup and self.objective != "multi-positive":
             raise ConfigError(f"mixup is {self.mixup!r}, for which objective must be 'multi-positive'")
         for name in ("standardise", "batches", "mixup", "speeds") if self.finetune == "full" else ():
@@ -260,7 +267,7 @@ class TrainConfig(_Config):
 
     @classmethod
     def released(cls) -> Self:
-        """Of models/esr-tiny: chosen by cross-validation over training speakers and by leaving corpora out."""
+        """Of models/esr-tiny: chosen by cross-validation over training and validation speakers, as its card says."""
         return cls(
             epochs=20,
             learning_rate=3e-4,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 TABLE = "statistics"
 OFF, ALL = "off", "all"  # of `adapt`, which else is a column
 MOVED = 0.05  # of the training's deviations, on average: less is no reason to make vectors anew
-_WHOLE = ""  # the group of all moments; those without a value in the column use it too
+_WHOLE = ""  # the group of all moments; examples from elsewhere are heard by its statistics too
 _VERSIONS = 200  # files whose vectors are made anew together
 
 
@@ -53,9 +53,9 @@ class Book:
     held: str
     groups: Mapping[str, tuple[str, Statistics | None]]
 
-    def of(self, group: str) -> tuple[str, Statistics | None]:
-        """Id and statistics for a group: its own, else those of all, else "" and None for the training's."""
-        return self.groups.get(group) or self.groups.get(_WHOLE) or ("", None)
+    def of(self, group: str | None) -> tuple[str, Statistics | None]:
+        """Id and statistics for a group, None for moments of none: its own, else "" and None for the training's."""
+        return self.groups.get(group, ("", None))
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,12 @@ class Adapted:
     few_styles: Mapping[str, float] = field(default_factory=dict)
 
 
-def adapt(index: IndexWriter, model: StyleRetriever, again: bool = False) -> Adapted:
+def adapt(index: IndexWriter, model: StyleRetriever) -> Adapted:
     """Makes anew what was not made by the statistics that hold now.
 
     Args:
         index: one that does not adapt is left as it is.
         model: that made it.
-        again: whether statistics are taken though the files are the same: as when their columns are not.
 
     Raises:
         IndexUnusable, IndexWriteError: as `Index.add`.
@@ -88,8 +87,8 @@ def adapt(index: IndexWriter, model: StyleRetriever, again: bool = False) -> Ada
         return Adapted()
     index.reload()
     entries, _, _ = index.entries()
-    told, held, few = read(index, model), _held(entries), {}
-    if told.held != held or again:
+    told, held, few = read(index, model), _held(index, entries), {}
+    if told.held != held:
         now = _Statistics(index, model)
         told, few = now.taken(told, held)
         _write(index, told)
@@ -144,10 +143,15 @@ def _write(index: IndexWriter, book: Book) -> None:
     index.commit(lambda: table.delete(col("written") < lit(now)))
 
 
-def _held(entries: pd.DataFrame) -> str:
-    """A name of what the files of an index are, which does not change when vectors are made anew."""
+def _held(index: IndexTable, entries: pd.DataFrame) -> str:
+    """A name of what an index holds, files and groups, which does not change when vectors are made anew."""
     files = sorted(zip(entries.index, entries["file_sha256"], entries["file_moments"].tolist(), strict=True))
-    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    groups, of_version = Counter(), dict(zip(entries["version"], entries.index, strict=True))
+    if columns := _group_column(index):
+        for batch in index.batches(["version", *columns], Snapshot(index).alive()):
+            groups.update(zip(map(of_version.get, batch["version"].to_pylist()), _groups(batch, index), strict=True))
+    told = [files, sorted([file, group or "", n] for (file, group), n in groups.items())]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 class _Statistics:
@@ -183,8 +187,8 @@ class _Statistics:
         columns = _group_column(self.index)
         for batch in self.index.batches(["pooled", *columns], Snapshot(self.index).alive()):
             pooled = matrix(batch["pooled"], self.index.about["pooled"]).reshape(-1, *shape)
-            groups = np.array(_groups(batch, columns), dtype=object)
-            for group in {_WHOLE, *groups}:
+            groups = np.array(_groups(batch, self.index), dtype=object)
+            for group in {_WHOLE, *groups} - {None}:
                 rows = pooled if group == _WHOLE else pooled[groups == group]
                 self.styles[group] += adaptation.style_counts(self.model, rows, self.queries)
                 yield [group] * len(rows), rows
@@ -195,18 +199,20 @@ def _group_column(index: IndexTable) -> list[str]:
     return [name for name in index.columns() if name == index.about["adapt"]]
 
 
-def _groups(batch: pa.RecordBatch | pa.Table, columns: list[str]) -> list[str]:
-    """The group of each row."""
-    if not columns:
+def _groups(batch: pa.RecordBatch | pa.Table, index: IndexTable) -> list[str | None]:
+    """The group of each row; None where the column says nothing."""
+    if index.about["adapt"] == ALL:
         return [_WHOLE] * batch.num_rows
-    return ["" if value is None else str(value) for value in batch[columns[0]].to_pylist()]
+    if not (columns := _group_column(index)):
+        return [None] * batch.num_rows
+    return [None if value in (None, "") else str(value) for value in batch[columns[0]].to_pylist()]
 
 
 def _stale(index: IndexTable, book: Book) -> list[int]:
     """Versions of the files of which a moment was made by other statistics than it should be."""
     found, columns = set(), _group_column(index)
     for batch in index.batches(["version", "adapted", *columns], Snapshot(index).alive()):
-        rows = zip(batch["version"].to_pylist(), batch["adapted"].to_pylist(), _groups(batch, columns), strict=True)
+        rows = zip(batch["version"].to_pylist(), batch["adapted"].to_pylist(), _groups(batch, index), strict=True)
         found.update(version for version, made_by, group in rows if made_by != book.of(group)[0])
     return sorted(found)
 
@@ -231,7 +237,7 @@ def _remade(
 def _one(index: IndexTable, model: StyleRetriever, book: Book, about: Mapping[str, Any], rows: pa.Table) -> Embedded:
     pooled = matrix(rows["pooled"], index.about["pooled"])
     features = pooled.reshape(-1, *model.speech_head.mean.shape)
-    groups = np.array(_groups(rows, _group_column(index)), dtype=object)
+    groups = np.array(_groups(rows, index), dtype=object)
     vectors, made_by = np.zeros((len(groups), index.about["dim"]), np.float32), groups.copy()
     for group in set(groups):
         made_by[groups == group], own = book.of(group)

@@ -45,14 +45,14 @@ class IndexTable:
     Attributes:
         uri: a folder, or any address that LanceDB takes (s3://, gs://, az://, memory://).
         about: format, model, dim, pooled (0: none are kept), level, channels, adapt; run, where the model was when the
-            index was made.
+            index was made, empty for the released one.
     """
 
     def __init__(self, uri: str, table: lancedb.table.Table) -> None:
         self.uri, self.table = uri, table
         self.about = _about(uri, table)
         self._latest = 0  # when the last entry was written of those that were seen
-        self._checked = table.version  # the newest whose `about` was seen
+        self._about = _written(table)
 
     # Opening ------------------------------------------------------------------------------------------------
 
@@ -136,14 +136,13 @@ class IndexTable:
     def reload(self) -> int:
         """Goes to the newest version, which other processes may have written, and returns its number."""
         self.table.checkout_latest()
-        version = self.table.version
-        if version != self._checked and (found := _about(self.uri, self.table)) != self.about:
+        if _written(self.table) != self._about:
+            found = _about(self.uri, self.table)
             raise IndexUnusable(
                 f"{self.uri} was replaced by an index of model {found['model']!r} while one of {self.about['model']!r} "
                 "was open: open it again"
             )
-        self._checked = version
-        return version
+        return self.table.version
 
     # Reading ------------------------------------------------------------------------------------------------
 
@@ -235,10 +234,15 @@ def _alone(uri: str | Path) -> AbstractContextManager:
     return FileLock(Path(uri) / ".lock")
 
 
+def _written(table: lancedb.table.Table) -> bytes:
+    """`about` as it is written; nothing in a table that is no index."""
+    return (table.schema.metadata or {}).get(_KEY, b"")
+
+
 def _about(uri: str, table: lancedb.table.Table) -> dict[str, Any]:
     try:
-        about = json.loads((table.schema.metadata or {})[_KEY])
-    except (KeyError, ValueError):
+        about = json.loads(_written(table))
+    except ValueError:
         raise IndexUnusable(
             f"{uri} holds a table {TABLE!r} that is no index of this program: give another place"
         ) from None

@@ -145,7 +145,7 @@ class Objective(nn.Module):
         """The terms over all processes' clips, and their styles: of the others', only the values are known."""
         speech, style = self._gathered(speech), self._gathered(style.to(speech.device))
         text = None if text is None else self._gathered(text)
-        mixed = losses.Mixed(*(self._gathered(one.to(speech.device)) for one in mixed)) if mixed else None
+        mixed = losses.Mixed(*(one.to(speech.device) for one in mixed)) if mixed else None  # in one process alone
         return (self.terms(speech, text, style, stage, mixed) if len(style) else {}), style
 
     def _gathered(self, rows: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,11 @@ class Labels:
     def names(self) -> list[str]:
         """Columns that are named in a labels.csv."""
         return list(dict.fromkeys(name for rows in self.rows.values() for row in rows for name in row.values))
+
+    def name_most(self, column: str, files: Collection[str]) -> bool:
+        """Whether most of these files, by their keys, have a value in a column, if only for a part of them."""
+        named = sum(any(row.values.get(column) for row in self.rows.get(key, ())) for key in files)
+        return named > len(files) / 2
 
     def for_index(self, index: Index) -> Columns:
         """With values of the types of this index's columns; what it has not is of numbers if all values are.

@@ -1,8 +1,7 @@
 """Recordings into an index: found, cut into moments, embedded, written.
 
     found = recordings.find(["path/to/recordings", "one more.mp3"])
-    model, level, run = recordings.load_retriever("acted")
-    index = Index.create("recordings.index", model, level=level, run=run)
+    index = recordings.index_for("recordings.index", found)     # by models/esr-tiny; or run="acted"
     report = recordings.refresh(index, found)                   # only what is new or changed is embedded
 
 A file that takes long is written also on the way. If that is interrupted, the file is heard from its start again, so
@@ -133,8 +132,9 @@ def index_for(
 
     Args:
         run: as `retriever_of`.
-        channels, adapt: as `Index.create`. A new index adapts by speaker where the labels name one and the retriever
-            can: on corpora left out of the training that gains, or costs nothing (`benchmarks/adaptation.py`).
+        channels, adapt: as `Index.create`. A new index adapts by speaker where most files have one in the labels
+            and the retriever can: on corpora left out of the training that gains, or costs nothing told
+            (`benchmarks/adaptation.py`).
 
     Raises:
         IndexUnusable, AdaptationError: as `Index.create`.
@@ -147,7 +147,7 @@ def index_for(
     if there and not (run or channels or adapt):
         return there
     model, level, folder = retriever_of(uri, run)
-    if not there and not adapt and "speaker" in found.labels.names() and adaptation.is_possible(model):
+    if not there and not adapt and found.labels.name_most("speaker", found.files) and adaptation.is_possible(model):
         adapt = "speaker"
     made_by = "" if folder == str(runs.run_folder(DEFAULT_RUN)) else folder  # the default is where the project is
     index = Index.create(uri, model, level=level, run=made_by, channels=channels, adapt=adapt)
@@ -201,7 +201,7 @@ def refresh(index: Index, found: Found, progress: Progress | None = None) -> Rep
 
     Args:
         index: its `about` says how recordings of several channels are heard. If it was opened without a model, that
-            is loaded when there is something to embed.
+            is loaded when there is something to embed, or the index adapts.
         progress: is called with the files done, those to do in all, and the seconds of audio heard.
 
     Raises:
@@ -243,7 +243,7 @@ def refresh_by(embed: Callable[[Changes, Report], Iterable[Embedded]], index: In
 
     index.apply(changes, embedded)
     if index.about["adapt"] != index_adaptation.OFF:
-        adapted = index_adaptation.adapt(index, model_of(index), again=report.relabelled > 0)
+        adapted = index_adaptation.adapt(index, model_of(index))
         report.adapted, report.few_styles = adapted.files, dict(adapted.few_styles)
     report.left_out |= found.left_out | dict(changes.unreadable)
     return report

@@ -134,6 +134,8 @@ class _Trainer(Fitting):
         self._check_crop(retriever.speech, model_config.speech_backbone)
         if unknown := set(config.held_out_styles) - set(STYLES):
             raise ConfigError(f"held_out_styles: {', '.join(sorted(unknown))} unknown; styles: {', '.join(STYLES)}")
+        if config.mixup and self.accelerator.num_processes > 1:
+            raise ConfigError("mixup mixes clips of a whole batch, of which each process has a part: use one process")
         self.mixture: adaptation.Mixture | None = None
         with self.accelerator.main_process_first():  # the others then find the frames
             self.clips = {split: self._clips(retriever, manifest, split, cache) for split in ("train", "val")}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -49,6 +51,11 @@ def fill(index, model, **files) -> None:
     index_adaptation.adapt(index, model)
 
 
+def take_again(monkeypatch) -> None:
+    """From now on statistics are taken whenever they are asked for."""
+    monkeypatch.setattr(index_adaptation, "_held", lambda *_: secrets.token_hex(4))
+
+
 def vectors(index) -> pd.DataFrame:
     """Vectors and features by file and start."""
     index.reload()
@@ -88,12 +95,14 @@ def test_all_vectors_are_by_the_statistics_of_the_whole(model, tmp_path):
     check(index, model, dict.fromkeys(FILES, of(*FILES.values())), **FILES)
 
 
-def test_by_speaker_and_by_the_whole_where_nobody_is_named_or_too_little_was_said(model, tmp_path):
+def test_by_speaker_and_by_the_trainings_where_nobody_is_named_or_too_little_was_said(model, tmp_path):
     index = Index.create(tmp_path / "index", model, adapt="speaker")
     files = FILES | {"f": (6, 1.0, "carl")}  # 30 moments: under 50
     fill(index, model, **files)
-    anna, ben, whole = of(FILES["a"], FILES["b"]), of(FILES["c"], FILES["d"]), of(*files.values())
-    check(index, model, {"a": anna, "b": anna, "c": ben, "d": ben, "e": whole, "f": whole}, **files)
+    anna, ben, training = of(FILES["a"], FILES["b"]), of(FILES["c"], FILES["d"]), adaptation.of_training(model)
+    check(index, model, {"a": anna, "b": anna, "c": ben, "d": ben, "e": training, "f": training}, **files)
+    whole = index_adaptation.statistics(index, model)  # for examples from elsewhere
+    np.testing.assert_allclose(whole.mean, of(*files.values()).mean, atol=1e-3)
 
 
 def test_a_small_index_has_the_trainings(model, tmp_path):
@@ -116,12 +125,13 @@ def test_more_files_move_the_statistics_and_removed_ones_too(model, tmp_path):
     check(index, model, dict.fromkeys(two, of(*two.values())), **two)
 
 
-def test_what_has_not_moved_is_left_alone(model, tmp_path):
+def test_what_has_not_moved_is_left_alone(model, tmp_path, monkeypatch):
     index = Index.create(tmp_path / "index", model, adapt="all")
     fill(index, model, **FILES)
     version = index.reload()
     assert index_adaptation.adapt(index, model).files == 0 and index.reload() == version  # nothing is even read
-    assert index_adaptation.adapt(index, model, again=True).files == 0
+    take_again(monkeypatch)
+    assert index_adaptation.adapt(index, model).files == 0
     before = index_adaptation.statistics(index, model)
     small = embedded(model, "z", 7, n=1)
     index.add([small])
@@ -163,14 +173,15 @@ def test_groups_that_seem_to_hold_one_style_are_told_and_left_by_the_trainings(m
     assert list(made_by["a"]) == [""] and made_by["b"][0] and made_by["c"][0]  # not by the whole's either
     again = index_adaptation.adapt(index, model)
     assert again.few_styles == {} and again.files == 0  # said once, and it holds
+    take_again(monkeypatch)
     monkeypatch.setattr(adaptation, "FEW_STYLES", 0.5)
-    assert index_adaptation.adapt(index, model, again=True).files == 1 and all(vectors(index)["adapted"] != "")
+    assert index_adaptation.adapt(index, model).files == 1 and all(vectors(index)["adapted"] != "")
     monkeypatch.setattr(adaptation, "FEW_STYLES", 22.1)
-    found = index_adaptation.adapt(index, model, again=True)
+    found = index_adaptation.adapt(index, model)
     assert set(found.few_styles) == {"", "anna", "ben", "carl"} and set(vectors(index)["adapted"]) == {""}
     assert index_adaptation.statistics(index, model) is None
     monkeypatch.setattr(adaptation, "MIN_CLIPS", 61)
-    assert set(index_adaptation.adapt(index, model, again=True).few_styles) == {""}
+    assert set(index_adaptation.adapt(index, model).few_styles) == {""}
 
 
 def test_an_index_that_does_not_adapt_keeps_no_features(model, tmp_path):
@@ -239,6 +250,20 @@ def test_other_speakers_other_statistics(model, folder, tmp_path, few):
     assert recordings.refresh(index, recordings.find(folder)).adapted == 0
 
 
+def test_labels_that_were_written_and_not_adapted_to_are_adapted_to_later(model, folder, tmp_path, few, monkeypatch):
+    index = Index.create(tmp_path / "index", model, adapt="speaker")
+    recordings.refresh(index, recordings.find(folder))
+    (folder / "labels.csv").write_text("path,speaker\n0.wav,carl\n1.wav,dora\n")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(index_adaptation, "adapt", Mock(side_effect=KeyboardInterrupt))
+        recordings.refresh(index, recordings.find(folder))
+    report = recordings.refresh(index, recordings.find(folder))
+    assert report.relabelled == 0 and report.adapted == 2
+    groups = index_adaptation.read(index, model).groups
+    assert set(groups) == {"", "carl", "dora"}
+    assert set(vectors(index)["adapted"]) == {groups["carl"][0], groups["dora"][0]}
+
+
 def test_opened_without_its_retriever_it_adapts_by_that_of_its_run(model, folder, tmp_path, few, speech):
     model.save(tmp_path / "run" / "best")
     runs.write_json(tmp_path / "run" / "config.json", {"training": {"level": "normalised"}})
@@ -260,6 +285,9 @@ def test_a_new_index_adapts_by_speaker_where_the_labels_name_one(model, folder, 
     assert recordings.index_for(tmp_path / "index", found).about["adapt"] == "speaker"
     assert recordings.index_for(tmp_path / "off", found, tmp_path / "run", adapt="off").about["adapt"] == "off"
     assert recordings.index_for(tmp_path / "off", found, tmp_path / "run").about["adapt"] == "off"  # as it was made
+    (folder / "labels.csv").write_text("path,speaker\n0.wav,anna\n1.wav,\n")  # of one of two files, no speaker
+    half = recordings.index_for(tmp_path / "half", recordings.find(folder), tmp_path / "run")
+    assert half.about["adapt"] == "off"
     (folder / "labels.csv").unlink()
     plain = recordings.index_for(tmp_path / "plain", recordings.find(folder), tmp_path / "run")
     assert plain.about["adapt"] == "off"

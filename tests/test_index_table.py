@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,15 @@ def test_an_index_that_is_there_is_not_overwritten_unless_asked(table):
     assert moments(table) == {}
     with pytest.raises(IndexUnusable, match="replaced by an index of model 'model two' while one of 'model one'"):
         table.add([made("a.wav", 3)])
+
+
+def test_an_index_removed_and_made_by_another_model_is_refused_also_at_the_same_version(tmp_path):
+    open_one = IndexWriter.create_named(tmp_path / "index", "model one", 8)
+    shutil.rmtree(tmp_path / "index")
+    made = IndexWriter.create_named(tmp_path / "index", "model two", 8)
+    assert made.table.version == open_one.table.version
+    with pytest.raises(IndexUnusable, match="replaced by an index of model 'model two' while one of 'model one'"):
+        open_one.reload()
 
 
 def test_an_index_of_another_model_or_dimension_is_refused_with_both_names(table):

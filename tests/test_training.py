@@ -380,11 +380,14 @@ def test_a_stopped_run_that_mixes_goes_on_as_if_it_had_not_been(train):
     assert lines(train.folder / "plain") != lines(train.folder / "whole")
 
 
-def test_mixing_is_for_targets_that_can_be_mixed():
+def test_mixing_is_for_targets_that_can_be_mixed(train, monkeypatch):
     with pytest.raises(ConfigError, match="mixup is 0.4, for which objective"):
         CONFIG.but(mixup=0.4)
     with pytest.raises(ConfigError, match="mixup is 0.4, which is for features that stay"):
         CONFIG.but(mixup=0.4, objective="multi-positive", finetune="full")
+    monkeypatch.setattr("accelerate.Accelerator.num_processes", 2)
+    with pytest.raises(ConfigError, match="use one process"):
+        train("run", objective="multi-positive", mixup=0.4)
 
 
 def test_mixed_needs_features_that_stay_as_they_are():
@@ -890,6 +893,7 @@ def test_the_papers_recipe_to_the_letter():
         ("layer_decay", 2.0), ("layer_decay", 0.0), ("adversarial_weight", float("nan")), ("classify_epochs", -5),
         ("chunk_size", -1), ("betas", (0.9, 1.0)), ("precision", "fp16"), ("held_out_styles", "calm"), ("seed", -1),
         ("crop_s", True), ("schedule", "linear"), ("speeds", (0.1,)), ("speeds", 0.9), ("speeds", ("fast",)),
+        ("speeds", (1,)), ("speeds", (0.9, 0.9)), ("train_on_val", "false"), ("recompute", 1),
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused_by_name(setting, value):
