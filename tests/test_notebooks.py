@@ -5,7 +5,6 @@ import re
 import nbformat
 import pytest
 from notebook_runs import execute
-from papermill.exceptions import PapermillExecutionError
 
 from esr_utils import runs
 
@@ -48,13 +47,6 @@ def test_training_notebook_writes_a_run_that_others_read(trained):
     config = runs.read_json(trained / "config.json")
     assert config["corpora"] == ["demo"] and config["training"]["max_steps"] == 30
     assert [line["stage"] for line in runs.read_metrics(trained)][0] == "classify"
-
-
-def test_unknown_parameter_stops_the_run_with_the_known_ones(folder):
-    with pytest.raises(
-        PapermillExecutionError, match="unknown parameter 'bckbone'; known are: backbone, speech_backbone"
-    ):
-        execute("03_train", folder, bckbone="minilm")
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)

@@ -1,10 +1,9 @@
-"""Notebook 11, headless: an index is made, brought up to date and searched; what is seen without a kernel."""
+"""Notebook 11, headless: an index is made and searched; what is seen without a kernel. The rest is in test_panel."""
 
 import nbformat
 import pytest
 import soundfile
 from notebook_runs import execute
-from papermill.exceptions import PapermillExecutionError
 
 from esr_utils.cards import file_name
 from esr_utils.index import Index
@@ -36,14 +35,3 @@ def test_recordings_are_indexed_and_the_first_results_can_be_heard_without_a_ker
         assert page.count("<audio controls") == 4 and all(file_name(key) in page for key in expected["file"])
     assert panel["text/html"].count('class="esr-wave"') == 4 and "for “a calm voice”" in panel["text/html"]
     assert "application/vnd.jupyter.widget-view+json" in panel
-
-    (folder / "recordings" / "part 2.wav").unlink()
-    shown = execute("11_search", folder, index=where["index"])  # as it is, by the run that it names
-    assert "of 3 files" in shown
-    shown = execute("11_search", folder, **where)
-    assert "of 2 files" in shown
-
-
-def test_an_index_that_is_not_there_is_not_made_of_something_else(folder):
-    with pytest.raises(PapermillExecutionError, match="holds no index"):
-        execute("11_search", folder, index=str(folder / "nowhere"))
