@@ -36,6 +36,14 @@ VOICES = {"train": ("f_alpha", "m_kumo"), "val": ("m_deep",), "test": ("f_gongi"
 MINI_STYLES = ("angry", "calm", "whispered")
 
 
+LONG = ("test_notebooks", "test_training", "test_panel_browser", "test_fusion", "test_mining", "test_recordings")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first: else one of two workers would be left alone with the last of them."""
+    items.sort(key=lambda item: not item.path.name.startswith(LONG))
+
+
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one corpus, "mini": 33 clips of the demo corpus, 3 styles, each sentence in every style.
