@@ -1,7 +1,7 @@
 """Recordings, or a manifest's clips, into an index by many processes and machines: a Ray Data job.
 
     found = recordings.find("path/to/recordings")
-    model, level, run = recordings.load_retriever("acted")
+    model, level, run = recordings.load_retriever()   # models/esr-tiny, or a run's
     index = Index.create("recordings.index", model, level=level, run=run)
     report = scale.refresh(index, found, run, Workers(8, threads=4))            # on this machine
     report = scale.refresh(index, found, run, Workers(16, gpus=1, address="auto"))   # on a cluster
