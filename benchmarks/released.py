@@ -28,13 +28,18 @@ ABOUT = ("kind", "model", "training", "corpora", "clips", "prompts_sha256", "man
 
 def evaluated(seed: int, adapt: str) -> dict:
     """Results on the test split of each corpus. The run is trained unless it is there; another recipe's is refused."""
-    folder = RUN / f"seed{seed}"
+    folder, recipe = RUN / f"seed{seed}", (ModelConfig.released(), TrainConfig.released().but(seed=seed))
     path = folder / (f"results-{adapt}.json" if adapt else "results.json")
-    clips = manifests.load_corpora(CORPORA)
-    model = training.fit(clips, folder, ModelConfig.released(), TrainConfig.released().but(seed=seed))
-    if not path.is_file():
+    if not path.is_file() or recipe != made_by(folder):
+        clips = manifests.load_corpora(CORPORA)
+        model = training.fit(clips, folder, *recipe)
         runs.write_json(path, evaluation.evaluate(model, clips, adapt=adapt).results)
     return runs.read_json(path)
+
+
+def made_by(folder: Path) -> tuple[ModelConfig, TrainConfig]:
+    settings = runs.read_json(folder / "config.json")
+    return ModelConfig.from_dict(settings["model"]), TrainConfig.from_dict(settings["training"])
 
 
 def table(adapt: str) -> pd.DataFrame:
