@@ -16,14 +16,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from esr_utils.retriever import Retriever, StyleRetriever
+if TYPE_CHECKING:  # its backbones' libraries take seconds to import
+    from esr_utils.retriever import Retriever, StyleRetriever
 
 FEW_STYLES = 5.0  # fewer `effective_styles` of 22: perhaps too few to adapt
+_KIND = "style"  # of StyleRetriever, which alone has pooled features
 MIN_CLIPS = 50  # with fewer, their own statistics are noise, and those of the training are used
 
 
@@ -135,7 +138,7 @@ def of_training(model: Retriever) -> Statistics:
 
 def is_possible(model: Retriever) -> bool:
     """Whether the retriever standardises pooled features, so that it can be by other statistics."""
-    return isinstance(model, StyleRetriever) and model.speech_head.is_fitted
+    return model.kind == _KIND and model.speech_head.is_fitted
 
 
 def usable(own: Statistics, training: Statistics) -> Statistics:
@@ -201,10 +204,10 @@ def adapted(model: Retriever, statistics: Statistics) -> StyleRetriever:
 
 
 def _check(model: Retriever) -> None:
-    if not isinstance(model, StyleRetriever):
+    if model.kind != _KIND:
         raise AdaptationError(
             f"a retriever of kind {model.kind!r} has no pooled features to standardise: adaptation is for kind "
-            f"{StyleRetriever.kind!r}, which notebook 03_train makes"
+            f"{_KIND!r}, which notebook 03_train makes"
         )
     if not model.speech_head.is_fitted:
         raise AdaptationError(

@@ -28,11 +28,12 @@ from esr_utils.index_rows import Embedded, File
 from esr_utils.index_snapshot import Snapshot
 from esr_utils.index_table import IndexTable, connect, matrix
 from esr_utils.index_writing import IndexWriter
-from esr_utils.retriever import StyleRetriever
 from esr_utils.styles import STYLES
 
 if TYPE_CHECKING:
     from lancedb.expr import Expr
+
+    from esr_utils.retriever import StyleRetriever
 
 TABLE = "statistics"
 OFF, ALL = "off", "all"  # of `adapt`, which else is a column
@@ -73,6 +74,15 @@ class Adapted:
     few_styles: Mapping[str, float] = field(default_factory=dict)
 
 
+def is_due(index: IndexWriter) -> bool:
+    """Whether `adapt` has something to do in an index; no model is needed to tell."""
+    if index.about["adapt"] == OFF:
+        return False
+    index.reload()
+    told = read(index)
+    return told.held != _held(index, index.entries()[0]) or bool(_stale(index, told))
+
+
 def adapt(index: IndexWriter, model: StyleRetriever) -> Adapted:
     """Makes anew what was not made by the statistics that hold now.
 
@@ -103,8 +113,8 @@ def statistics(index: IndexTable, model: StyleRetriever) -> Statistics | None:
     return None if index.about["adapt"] == OFF else read(index, model).of(_WHOLE)[1]
 
 
-def read(index: IndexTable, model: StyleRetriever) -> Book:
-    """The statistics that hold, as they were written last."""
+def read(index: IndexTable, model: StyleRetriever | None = None) -> Book:
+    """The statistics that hold, as they were written last; without a model their ids alone, and None for them."""
     from lancedb.expr import col, lit
 
     try:
@@ -112,10 +122,13 @@ def read(index: IndexTable, model: StyleRetriever) -> Book:
     except ValueError:  # there is none yet
         return Book("", {})
     written = table.search().select(["written"]).to_arrow()["written"]
-    rows = table.search().where(col("written") == lit(pc.max(written).as_py())).to_arrow()
+    names, values = ["group", "id", "held", "count"], ["mean", "std"] if model else []
+    rows = table.search().where(col("written") == lit(pc.max(written).as_py())).select(names + values).to_arrow()
+    about = rows.select(names).to_pylist()
+    if model is None:
+        return Book(about[0]["held"], {row["group"]: (row["id"], None) for row in about})
     shape = model.speech_head.mean.shape
     mean, std = (np.stack(rows[name].to_numpy()).reshape(-1, *shape) for name in ("mean", "std"))
-    about = rows.select(["group", "id", "held", "count"]).to_pylist()
     found = {
         row["group"]: (row["id"], Statistics(row["count"], *values) if row["id"] else None)
         for row, *values in zip(about, mean, std, strict=True)

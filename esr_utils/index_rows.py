@@ -234,3 +234,31 @@ def first_line(error: Exception) -> str:
     """What a library's error says, without what follows and without where in its source that was."""
     lines = str(error).splitlines() or [type(error).__name__]
     return re.sub(r",? *\S+\.rs:\d+:\d+$", "", lines[0])
+
+
+@dataclass
+class Report:
+    """What became of recordings.
+
+    Attributes:
+        embedded, unchanged, removed: files.
+        relabelled: those of the unchanged of which a labels.csv says something else than before.
+        adapted: files whose vectors were made anew by the index's own statistics (see `index_adaptation`).
+        few_styles: groups that seem to hold too few styles to adapt (see `index_adaptation.Adapted`).
+        moments: of those embedded.
+        speech_s: seconds that these moments last together.
+        problems: key and reason of files that could not be used, or not whole; of those embedded or looked at now.
+        left_out: the same of what was left as it is in the index, and is tried again the next time: it cannot be
+            opened, leads elsewhere, or needs ffmpeg.
+    """
+
+    embedded: int = 0
+    unchanged: int = 0
+    removed: int = 0
+    relabelled: int = 0
+    adapted: int = 0
+    few_styles: dict[str, float] = field(default_factory=dict)
+    moments: int = 0
+    speech_s: float = 0.0
+    problems: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)

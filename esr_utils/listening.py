@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from esr_utils.audio_files import AudioError
 from esr_utils.batches import BadAudio, prepared
 from esr_utils.config import SAMPLE_RATE
 from esr_utils.decoding import NoFfmpegError
-from esr_utils.index_rows import UNFINISHED, Embedded, File
+from esr_utils.index_rows import UNFINISHED, Embedded, File, Report
 from esr_utils.moments import MIN_S, Moment, moments
 from esr_utils.retriever import Retriever
 
@@ -34,34 +33,6 @@ BATCH_S = 16.0  # seconds a forward pass, with what is padded: more is no faster
 
 Place = tuple[float, float, int | None]  # start_s, end_s, channel
 Made = tuple[NDArray[np.floating], NDArray[np.floating]]  # of a moment: vector (d,), pooled features (p,)
-
-
-@dataclass
-class Report:
-    """What became of recordings.
-
-    Attributes:
-        embedded, unchanged, removed: files.
-        relabelled: those of the unchanged of which a labels.csv says something else than before.
-        adapted: files whose vectors were made anew by the index's own statistics (see `index_adaptation`).
-        few_styles: groups that seem to hold too few styles to adapt (see `index_adaptation.Adapted`).
-        moments: of those embedded.
-        speech_s: seconds that these moments last together.
-        problems: key and reason of files that could not be used, or not whole; of those embedded or looked at now.
-        left_out: the same of what was left as it is in the index, and is tried again the next time: it cannot be
-            opened, leads elsewhere, or needs ffmpeg.
-    """
-
-    embedded: int = 0
-    unchanged: int = 0
-    removed: int = 0
-    relabelled: int = 0
-    adapted: int = 0
-    few_styles: dict[str, float] = field(default_factory=dict)
-    moments: int = 0
-    speech_s: float = 0.0
-    problems: dict[str, str] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
 
 
 class _Recording:

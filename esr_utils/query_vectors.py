@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import soundfile
-import torch
 from numpy.typing import NDArray
 
 from esr_utils.audio_files import AudioError
@@ -54,6 +53,8 @@ def of_query(query: Query, model: Retriever | None, dim: int) -> NDArray[np.floa
             )
     if model is None:
         raise QueryError("this index was opened without a model, which sentences need: Index.open(uri, model)")
+    import torch  # with a model it is there already
+
     with torch.no_grad():
         return unit(model.encode_text(sentences).float().mean(0).cpu().numpy())
 

@@ -14,22 +14,25 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from esr_utils import adaptation, index_adaptation, retriever, runs
+from esr_utils import runs
 from esr_utils.audio_folder import absolute_key, find_audio
 from esr_utils.config import Level
 from esr_utils.index import Index
-from esr_utils.index_rows import Changes, Embedded, File, IndexUnusable
+from esr_utils.index_rows import Changes, Embedded, File, IndexUnusable, Report
 from esr_utils.index_table import matrix
-from esr_utils.listening import Embedder, Made, Place, Report
-from esr_utils.moments import Channels
 from esr_utils.recording_labels import Labels
-from esr_utils.retriever import Retriever
-from esr_utils.weights import WeightsError
+
+# What hears is imported where it is needed: where nothing is new, that would be most of the time.
+if TYPE_CHECKING:
+    from esr_utils.listening import Made, Place
+    from esr_utils.moments import Channels
+    from esr_utils.retriever import Retriever
 
 DEFAULT_RUN = runs.RELEASED  # whose retriever makes an index where no run is named
 
@@ -45,6 +48,9 @@ def load_retriever(run: str | Path | None = None, device: str = "auto") -> tuple
     Raises:
         weights.WeightsError: no such run, or its files are damaged.
     """
+    from esr_utils import retriever
+    from esr_utils.weights import WeightsError
+
     try:
         folder = runs.run_folder(DEFAULT_RUN if run is None else run)
     except ValueError as error:
@@ -64,6 +70,8 @@ def retriever_of(uri: str | Path, run: str | Path | None = None) -> tuple[Retrie
     Raises:
         weights.WeightsError: as `load_retriever`.
     """
+    from esr_utils.weights import WeightsError
+
     try:
         made_by = Index.open(uri).about["run"]
     except IndexUnusable:
@@ -146,6 +154,8 @@ def index_for(
         there = None
     if there and not (run or channels or adapt):
         return there
+    from esr_utils import adaptation
+
     model, level, folder = retriever_of(uri, run)
     if not there and not adapt and found.labels.name_most("speaker", found.files) and adaptation.is_possible(model):
         adapt = "speaker"
@@ -213,6 +223,8 @@ def refresh(index: Index, found: Found, progress: Progress | None = None) -> Rep
     def embed(changes: Changes, report: Report) -> Iterator[Embedded]:
         if not changes.changed and not changes.new:
             return iter(())
+        from esr_utils.listening import Embedder
+
         n_files = len(changes.changed) + len(changes.new)
         heard = (lambda done, seconds: progress(done, n_files, seconds)) if progress else None
         return Embedder(model_of(index), index.about, report, heard, _known(index))(changes.to_embed())
@@ -242,8 +254,11 @@ def refresh_by(embed: Callable[[Changes, Report], Iterable[Embedded]], index: In
             yield replace(one, moments=pd.concat([one.moments, labels.of(one.file.key, one.moments)], axis=1))
 
     index.apply(changes, embedded)
-    if index.about["adapt"] != index_adaptation.OFF:
-        adapted = index_adaptation.adapt(index, model_of(index))
+    if index.about["adapt"] != "off":
+        from esr_utils import index_adaptation
+
+        due = index_adaptation.is_due(index)
+        adapted = index_adaptation.adapt(index, model_of(index)) if due else index_adaptation.Adapted()
         report.adapted, report.few_styles = adapted.files, dict(adapted.few_styles)
     report.left_out |= found.left_out | dict(changes.unreadable)
     return report
@@ -256,6 +271,8 @@ def _in(key: str, places: Mapping[str, str]) -> bool:
 
 def _known(index: Index) -> Callable[[File], dict[Place, Made]]:
     """What is there of a file that was interrupted, if it is still the same."""
+    from esr_utils import adaptation
+
     unfinished, about = index.unfinished(), index.about
 
     def known(file: File) -> dict[Place, Made]:

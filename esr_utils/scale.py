@@ -41,9 +41,8 @@ from tqdm.auto import tqdm
 from esr_utils import runs
 from esr_utils.audio_folder import absolute_path
 from esr_utils.index import Index, clip_keys
-from esr_utils.index_rows import Changes, Embedded, first_line
+from esr_utils.index_rows import Changes, Embedded, Report, first_line
 from esr_utils.index_snapshot import Snapshot
-from esr_utils.listening import Report
 from esr_utils.recordings import Found, refresh_by
 from esr_utils.scale_workers import Clips, Done, Listener, Worker
 

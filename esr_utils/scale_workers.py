@@ -14,8 +14,8 @@ import torch
 
 from esr_utils.audio_folder import absolute_path
 from esr_utils.index import model_id, of_clips, stated
-from esr_utils.index_rows import Changes, Embedded, IndexUnusable, first_line
-from esr_utils.listening import Embedder, Report
+from esr_utils.index_rows import Changes, Embedded, IndexUnusable, Report, first_line
+from esr_utils.listening import Embedder
 from esr_utils.manifest_schema import ManifestError
 from esr_utils.recordings import load_retriever
 

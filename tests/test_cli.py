@@ -468,6 +468,12 @@ except ValueError as error:
     assert done.stderr == "of Python\nafter\nof Python\nafter\nof Python after\n"
 
 
+def test_what_hears_is_not_imported_where_nothing_is_new(folder, own):
+    code = "import sys; from esr_utils import cli; cli.main(sys.argv[1:]); print({'torch', 'lancedb'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code, "index", folder, "--index", own], capture_output=True, text=True)
+    assert " 0 files embedded" in f" {done.stdout}" and done.stdout.splitlines()[-1] == "{'lancedb'}", done.stderr
+
+
 def test_it_is_installed_as_a_command():
     (entry,) = [one for one in metadata.entry_points(group="console_scripts") if one.name == "esr"] or [None]
     declared = tomllib.loads((Path(cli.__file__).parents[1] / "pyproject.toml").read_text())["project"]["scripts"]

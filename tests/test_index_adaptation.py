@@ -269,6 +269,9 @@ def test_opened_without_its_retriever_it_adapts_by_that_of_its_run(model, folder
     runs.write_json(tmp_path / "run" / "config.json", {"training": {"level": "normalised"}})
     index = Index.create(tmp_path / "index", model, run=str(tmp_path / "run"), adapt="all")
     recordings.refresh(index, recordings.find(folder))
+    again = Index.open(tmp_path / "index")
+    assert not index_adaptation.is_due(again) and recordings.refresh(again, recordings.find(folder)).adapted == 0
+    assert again.model is None  # with nothing to do it is not loaded
     soundfile.write(folder / "2.wav", speech[: 9 * SAMPLE_RATE] * 0.5, SAMPLE_RATE)
     index = Index.open(tmp_path / "index")
     report = recordings.refresh(index, recordings.find(folder))
