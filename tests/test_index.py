@@ -320,6 +320,18 @@ def test_past_the_limit_the_approximate_index_answers_and_sees_what_is_new(large
     assert hits["start_s"][0] == 9.5 and hits["file"].tolist().count("f0") == 1
 
 
+def test_the_approximate_index_is_read_into_memory_once(large, monkeypatch):
+    index, _ = large
+    index.search(unit(1, 4)[0], approximate=True)  # with none there is nothing to read
+    index.build_approximate()
+    kind, names = type(index.table), []
+    prewarm = kind.prewarm_index
+    monkeypatch.setattr(kind, "prewarm_index", lambda table, name: names.append(name) or prewarm(table, name))
+    for query in unit(3, 4):
+        index.search(query, approximate=True)
+    assert len(names) == 1 and names[0] in {one.name for one in index.table.list_indices()}
+
+
 def test_an_approximate_index_of_a_few_is_refused(index):
     with pytest.raises(QueryError, match="60 moments need no approximate index"):
         index.build_approximate()
