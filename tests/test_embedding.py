@@ -99,10 +99,11 @@ def overwritten(file: Path) -> None:
     file.write_bytes(np.random.default_rng(0).bytes(file.stat().st_size))
 
 
-def reshaped(*shape: int, dtype=torch.float16, name="frames", active: int | None = None):
+def reshaped(*shape: int, dtype=torch.float16, name="frames", active: int | None = None, pooled=1):
     def change(file: Path) -> None:
         flags = torch.ones(shape[1] if active is None else active, dtype=torch.bool)
-        save_file({name: torch.ones(shape, dtype=dtype), "active": flags}, file)
+        means, stats = torch.ones(shape[0], shape[-1]), torch.ones(shape[0], 2 * shape[-1] * pooled)
+        save_file({name: torch.ones(shape, dtype=dtype), "active": flags, "mean": means, "stats": stats}, file)
 
     return change
 
@@ -118,6 +119,7 @@ DAMAGES = {
     "float32": reshaped(3, 50, 16, dtype=torch.float32),
     "another tensor": reshaped(3, 50, 16, name="other"),
     "flags of another length": reshaped(3, 50, 16, active=49),
+    "pooled too wide": reshaped(3, 50, 16, pooled=2),
 }
 
 
