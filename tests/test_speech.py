@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import WhisperFeatureExtractor, WhisperModel
 
-from esr_utils import batches, embedding, weights
+from esr_utils import batches, embedding, runs, weights
 from esr_utils.manifests import to_cuts
 from esr_utils.retriever import StyleRetriever
 from esr_utils.speech import LogMelBackbone, SpeechBackbone, active_frames, load_speech_backbone
@@ -546,7 +546,7 @@ def packaged(tmp_path, monkeypatch, tiny_whisper) -> Path:
     (tmp_path / "weights_in_a_package" / "__init__.py").touch()
     file.write_bytes(ctranslate2_file(as_ctranslate2(tiny_whisper)))
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    entry = weights.Packaged("weights_in_a_package", "model/model.bin", digest, "someone/packed")
+    entry = weights.Packaged((("weights_in_a_package", "model/model.bin"),), digest, "someone/packed")
     monkeypatch.setitem(weights.PACKAGED, "packed", entry)
     monkeypatch.syspath_prepend(tmp_path)
     return file
@@ -569,6 +569,35 @@ def test_packaged_weights_that_are_gone_are_refused(packaged):
     packaged.unlink()
     with pytest.raises(weights.WeightsError, match="missing"):
         load_speech_backbone("packed")
+
+
+def test_packaged_weights_in_parts_are_joined_once(packaged, tmp_path, monkeypatch):
+    whole = packaged.read_bytes()
+    digest = hashlib.sha256(whole).hexdigest()
+    parts = [(f"a_part_{i}", f"data/model.bin.part{i}") for i in (1, 2)]
+    for (package, file), data in zip(parts, (whole[:1000], whole[1000:]), strict=True):
+        (tmp_path / package / "data").mkdir(parents=True)
+        (tmp_path / package / "__init__.py").touch()
+        (tmp_path / package / file).write_bytes(data)
+    monkeypatch.setitem(weights.PACKAGED, "parted", weights.Packaged(tuple(parts), digest, "someone/parted"))
+    monkeypatch.setattr(runs, "RUNS", tmp_path / "runs")
+    joined = weights.find("parted") / "model.bin"
+    assert joined == tmp_path / "runs/weights/parted/model.bin" and joined.read_bytes() == whole
+    assert load_speech_backbone("parted").dim == 16
+    before = joined.stat().st_mtime_ns
+    assert weights.find("parted") == joined.parent and joined.stat().st_mtime_ns == before
+    joined.write_bytes(whole[:-1])  # damaged since
+    weights.find("parted")
+    assert joined.read_bytes() == whole
+
+    joined.unlink()
+    (tmp_path / parts[1][0] / parts[1][1]).write_bytes(whole[1000:-1])
+    with pytest.raises(weights.WeightsError, match="sha256"):
+        weights.find("parted")
+    assert not list(joined.parent.iterdir())
+    (tmp_path / parts[1][0] / parts[1][1]).unlink()
+    with pytest.raises(weights.WeightsError, match="part2 is missing"):
+        weights.find("parted")
 
 
 def test_the_fingerprint_is_of_the_weights_not_of_the_file(tiny_whisper, packaged, whisper_tiny):

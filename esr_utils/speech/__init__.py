@@ -28,8 +28,8 @@ def load_speech_backbone(name: str) -> SpeechBackbone:
     """A speech backbone in eval mode, on the CPU, all parameters frozen.
 
     Args:
-        name: `whisper-tiny` (the default; English-only weights), `logmel`, another short name of `weights.HUB`, or the
-            hub id or folder of a WavLM, HuBERT, wav2vec 2.0, Whisper, emotion2vec or CLAP model.
+        name: `whisper-tiny` (the default; English-only weights), `whisper-base`, `logmel`, another short name of
+            `weights.HUB`, or the hub id or folder of a WavLM, HuBERT, wav2vec 2.0, Whisper, emotion2vec or CLAP model.
 
     Raises:
         weights.WeightsError: not found, damaged, or a kind that is not supported.

@@ -115,6 +115,6 @@ def load_whisper(folder: Path) -> WhisperBackbone:
     if not file.is_file():
         return WhisperBackbone(weights.load_pretrained(WhisperModel, folder).encoder)
     try:
-        return _whisper_from_ctranslate2(weights.read_ctranslate2(file))
+        return _whisper_from_ctranslate2(weights.read_ctranslate2(file, "encoder/"))
     except (KeyError, ValueError, RuntimeError) as error:
         raise weights.WeightsError(f"{file} is no whole Whisper model: {error}") from None
