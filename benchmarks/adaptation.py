@@ -10,6 +10,7 @@ Prints Markdown, and keeps runs in runs/adaptation/. Interrupted, it goes on whe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -24,6 +25,7 @@ SEEDS = (0, 1, 2)
 CORPORA = ("ravdess", "emodb", "nemo")
 FOLDER = runs.RUNS / "adaptation"
 WAYS = ("training", "corpus", "speaker")  # whose statistics
+METRICS = ("r@1", "r@10", "accuracy")
 SIZES = (10, 20, 50, 100, 200)
 DRAWS = 20  # of clips, of each size and seed
 
@@ -70,10 +72,10 @@ class LeftOut:
         return found
 
 
-def left_out(corpus: str, seed: int) -> LeftOut:
+def left_out(corpus: str, seed: int, folder: Path, model_config: ModelConfig, config: TrainConfig) -> LeftOut:
+    """A retriever of a recipe, trained on the others, or that which is in the folder already."""
     others = manifests.load_corpora([*(name for name in CORPORA if name != corpus), "demo"])
-    config = TrainConfig.released().but(seed=seed)
-    model = training.fit(others, FOLDER / f"without-{corpus}-{seed}", ModelConfig.released(), config)
+    model = training.fit(others, folder / f"without-{corpus}-{seed}", model_config, config.but(seed=seed))
     clips = manifests.load_corpora(corpus)
     known = set(others.loc[others["corpus"] != "demo", "style"])  # the demo's styles are by rule
     clips = clips[(clips["split"] != "test") & clips["style"].isin(known)].sort_values("utterance_id")
@@ -83,31 +85,35 @@ def left_out(corpus: str, seed: int) -> LeftOut:
     return LeftOut(model, clips, features.pooled.half().numpy())
 
 
-def compared(found: list[LeftOut]) -> pd.DataFrame:
-    """A row for each way, of a corpus: values as means over the seeds, differences from no adaptation paired by
-    replicate (speakers, then their utterances, all seeds on the same clips)."""
-    clips, rows = found[0].clips, []
-    values: dict[str, tuple[dict, dict]] = {}
+def measured(found: list[LeftOut], way: str) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """R@1, R@10 and accuracy of a corpus, and their bootstrap replicates (speakers, then their utterances, drawn the
+    same for all that is compared): means over the seeds."""
+    clips, of_seeds = found[0].clips, []
     scorer = scoring.Scorer(clips, trials.build_trials(clips, clips.at[0, "corpus"], "left out"), 0)
+    for one in found:
+        scores = one.adapted(way)
+        trial_values, trial_replicates, _ = scorer.retrieval(scores)
+        class_values, class_replicates = scorer.classification(scores)
+        of_seeds.append((trial_values | class_values, trial_replicates | class_replicates))
+    mean = {name: float(np.mean([values[name] for values, _ in of_seeds])) for name in METRICS}
+    return mean, {name: np.mean([replicates[name] for _, replicates in of_seeds], axis=0) for name in METRICS}
+
+
+def gained(before: float, after: float, replicates_before: np.ndarray, replicates_after: np.ndarray) -> tables.Cell:
+    """A paired difference with its interval."""
+    bounds = intervals.interval(replicates_after - replicates_before, after - before, (-1.0, 1.0))
+    return tables.Cell(after - before, tuple(bounds), difference=True)
+
+
+def compared(found: list[LeftOut]) -> pd.DataFrame:
+    """A row for each way, of a corpus: values, and differences from no adaptation."""
+    rows, by_training = [], measured(found, "training")
     for way in WAYS:
-        of_seeds = []
-        for one in found:
-            scores = one.adapted(way)
-            trial_values, trial_replicates, _ = scorer.retrieval(scores)
-            class_values, class_replicates = scorer.classification(scores)
-            of_seeds.append((trial_values | class_values, trial_replicates | class_replicates))
-        mean = {name: np.mean([v[name] for v, _ in of_seeds]) for name in ("r@1", "r@10", "accuracy")}
-        drawn = {name: np.mean([r[name] for _, r in of_seeds], axis=0) for name in mean}
-        values[way] = mean, drawn
-        row: dict = {"corpus": clips.at[0, "corpus"], "statistics of the": way}
-        for name in mean:
-            row[name] = tables.Cell(mean[name], tuple(intervals.interval(drawn[name], mean[name])))
-        if way != "training":
-            for name in ("r@10", "accuracy"):
-                difference = mean[name] - values["training"][0][name]
-                replicates = drawn[name] - values["training"][1][name]
-                bounds = intervals.interval(replicates, difference, (-1.0, 1.0))
-                row[f"{name} gained"] = tables.Cell(difference, tuple(bounds), difference=True)
+        mean, drawn = by_training if way == "training" else measured(found, way)
+        row: dict = {"corpus": found[0].clips.at[0, "corpus"], "statistics of the": way}
+        row |= {name: tables.Cell(mean[name], tuple(intervals.interval(drawn[name], mean[name]))) for name in mean}
+        for name in ("r@10", "accuracy") if way != "training" else ():
+            row[f"{name} gained"] = gained(by_training[0][name], mean[name], by_training[1][name], drawn[name])
         rows.append(row)
     return pd.DataFrame(rows).fillna("")
 
@@ -174,7 +180,8 @@ def show(title: str, table: pd.DataFrame) -> None:
 
 
 if __name__ == "__main__":
-    found = {corpus: [left_out(corpus, seed) for seed in SEEDS] for corpus in CORPORA}
+    recipe = FOLDER, ModelConfig.released(), TrainConfig.released()
+    found = {corpus: [left_out(corpus, seed, *recipe) for seed in SEEDS] for corpus in CORPORA}
     show("By whose statistics, each corpus left out of the training", pd.concat(map(compared, found.values())))
     few = [row for of_seeds in found.values() for row in of_few(of_seeds)]
     show("Accuracy on few clips, by the training's statistics and by their own", pd.DataFrame(few))

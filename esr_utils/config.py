@@ -140,7 +140,7 @@ class ModelConfig(_Config):
     @classmethod
     def released(cls) -> Self:
         """Of models/esr-tiny; see `TrainConfig.released`."""
-        return cls(concat_layers=True, dim=256, temperature=0.15)
+        return cls(speech_backbone="whisper-base", concat_layers=True, dim=256, temperature=0.15)
 
     @classmethod
     def paper(cls) -> Self:

@@ -38,7 +38,8 @@ def test_the_command_on_its_card_is_that_recipe():
     assert set(given) <= set(kinds) and given["corpora"] == "+".join(SETTINGS["corpora"])
     own = {name: getattr(builtins, kinds[name])(value) for name, value in given.items()}
     changes = {name: own[name] for name in ("objective", "epochs", "batch_size", "adversarial_weight")}
-    made = with_settings(own["settings"], ModelConfig(), TrainConfig.demo().but(**changes))
+    model = ModelConfig(speech_backbone=own["speech_backbone"])
+    made = with_settings(own["settings"], model, TrainConfig.demo().but(**changes))
     assert made == (ModelConfig.released(), TrainConfig.released())
 
 

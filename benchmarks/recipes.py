@@ -1,0 +1,74 @@
+"""What each part of the released retriever's recipe is worth on a corpus that was left out of the training.
+
+    python benchmarks/recipes.py [recipe ...]      with $ESR_DATA = <folder with ravdess, emodb, nemo>
+
+Each recipe is `ModelConfig.released()` and `TrainConfig.released()` but for one part. It is trained three times (seeds
+0-2) without each of the three corpora, and tested on the training and validation speakers of the one left out: no test
+split is read. Prints Markdown: differences from the released recipe, paired by replicate (speakers, then their
+utterances), with 95 % intervals; `mean` is that of the corpora. Keeps runs in runs/recipes/ and runs/adaptation/, for
+some minutes each. Interrupted, it goes on where it was. Recipes that are named are trained only, by a process of many.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+
+import adaptation
+import numpy as np
+import pandas as pd
+from adaptation import CORPORA, METRICS, SEEDS
+
+from esr_utils import runs
+from esr_utils.config import ModelConfig, TrainConfig
+
+RECIPES: dict[str, tuple[dict, dict]] = {  # changes to the model's settings, and to the training's
+    "released": ({}, {}),
+    "Whisper tiny": ({"speech_backbone": "whisper-tiny"}, {}),
+    "layers mixed, not side by side": ({"concat_layers": False}, {}),
+    "batches of any corpora": ({}, {"batches": "any"}),
+    "without mixup": ({}, {"mixup": 0.0}),
+    "InfoNCE, without mixup": ({}, {"mixup": 0.0, "objective": "infonce"}),
+    "without speeds": ({}, {"speeds": ()}),
+    "standardised by the training alone": ({}, {"standardise": "training"}),
+}
+WAYS = ("training", "speaker")
+
+
+@cache
+def measured(recipe: str) -> dict[tuple[str, str], tuple[dict, dict]]:
+    """By corpus and way: values, and replicates; of corpus `mean`, their means."""
+    model, training = RECIPES[recipe]
+    folder = adaptation.FOLDER if recipe == "released" else runs.RUNS / "recipes" / slug(recipe)
+    configs = ModelConfig.released().but(**model), TrainConfig.released().but(**training)
+    found = {}
+    for corpus in CORPORA:
+        trained = [adaptation.left_out(corpus, seed, folder, *configs) for seed in SEEDS]
+        found |= {(corpus, way): adaptation.measured(trained, way) for way in WAYS}
+    for way in WAYS:
+        of_corpora = [found[corpus, way] for corpus in CORPORA]
+        found["mean", way] = tuple({name: np.mean([one[i][name] for one in of_corpora], 0) for name in METRICS}
+                                   for i in (0, 1))  # fmt: skip
+    return found
+
+
+def slug(recipe: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in recipe.lower())
+
+
+def row(recipe: str, way: str, metric: str) -> dict:
+    found: dict = {"recipe": recipe}
+    for corpus in ("mean", *CORPORA):
+        (before, drawn_before), (after, drawn) = measured("released")[corpus, way], measured(recipe)[corpus, way]
+        one = adaptation.gained(before[metric], after[metric], drawn_before[metric], drawn[metric])
+        found[corpus] = f"{after[metric]:.2f}" if recipe == "released" else one
+    return found
+
+
+if __name__ == "__main__":
+    for recipe in (named := sys.argv[1:]):
+        measured(recipe)
+    for way in () if named else WAYS:
+        for metric in ("r@10", "accuracy"):
+            rows = pd.DataFrame([row(recipe, way, metric) for recipe in RECIPES])
+            adaptation.show(f"{metric}, features standardised by the {way}'s statistics", rows)
