@@ -86,17 +86,19 @@ def left_out(corpus: str, seed: int, folder: Path, model_config: ModelConfig, co
 
 
 def measured(found: list[LeftOut], way: str) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """R@1, R@10 and accuracy of a corpus, and their bootstrap replicates (speakers, then their utterances, drawn the
-    same for all that is compared): means over the seeds."""
+    """R@1, R@10 and accuracy of a corpus, means over the seeds, and their bootstrap replicates (speakers, then their
+    utterances, and the seeds: `intervals.seed_weights`)."""
     clips, of_seeds = found[0].clips, []
-    scorer = scoring.Scorer(clips, trials.build_trials(clips, clips.at[0, "corpus"], "left out"), 0)
+    corpus = clips.at[0, "corpus"]  # each draws for itself: the same for all that is compared, and for no other corpus
+    scorer = scoring.Scorer(clips, trials.build_trials(clips, corpus, "left out"), CORPORA.index(corpus))
     for one in found:
         scores = one.adapted(way)
         trial_values, trial_replicates, _ = scorer.retrieval(scores)
         class_values, class_replicates = scorer.classification(scores)
         of_seeds.append((trial_values | class_values, trial_replicates | class_replicates))
     mean = {name: float(np.mean([values[name] for values, _ in of_seeds])) for name in METRICS}
-    return mean, {name: np.mean([replicates[name] for _, replicates in of_seeds], axis=0) for name in METRICS}
+    drawn = {name: np.stack([replicates[name] for _, replicates in of_seeds]) for name in METRICS}
+    return mean, {name: np.einsum("rs,sr->r", intervals.seed_weights(*one.shape), one) for name, one in drawn.items()}
 
 
 def gained(before: float, after: float, replicates_before: np.ndarray, replicates_after: np.ndarray) -> tables.Cell:

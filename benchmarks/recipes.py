@@ -5,8 +5,10 @@
 Each recipe is `ModelConfig.released()` and `TrainConfig.released()` but for one part. It is trained three times (seeds
 0-2) without each of the three corpora, and tested on the training and validation speakers of the one left out: no test
 split is read. Prints Markdown: differences from the released recipe, paired by replicate (speakers, then their
-utterances), with 95 % intervals; `mean` is that of the corpora. Keeps runs in runs/recipes/ and runs/adaptation/, for
-some minutes each. Interrupted, it goes on where it was. Recipes that are named are trained only, by a process of many.
+utterances, and seeds), with 95 % intervals; `mean` is that of the corpora. Most of the released recipe was chosen on
+speakers of RAVDESS and EmoDB who are among those tested here, which flatters it. Keeps runs in runs/recipes/ and
+runs/adaptation/; interrupted, it goes on where it was. Recipes that are named are trained, and nothing is printed: so
+several processes can share them.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from adaptation import CORPORA, METRICS, SEEDS
 from esr_utils import runs
 from esr_utils.config import ModelConfig, TrainConfig
 
-RECIPES: dict[str, tuple[dict, dict]] = {  # changes to the model's settings, and to the training's
+# Changes to the model's settings, and to the training's. Mixup is for multi-positive targets alone.
+RECIPES: dict[str, tuple[dict, dict]] = {
     "released": ({}, {}),
     "Whisper tiny": ({"speech_backbone": "whisper-tiny"}, {}),
     "layers mixed, not side by side": ({"concat_layers": False}, {}),
@@ -39,7 +42,7 @@ WAYS = ("training", "speaker")
 def measured(recipe: str) -> dict[tuple[str, str], tuple[dict, dict]]:
     """By corpus and way: values, and replicates; of corpus `mean`, their means."""
     model, training = RECIPES[recipe]
-    folder = adaptation.FOLDER if recipe == "released" else runs.RUNS / "recipes" / slug(recipe)
+    folder = adaptation.FOLDER if recipe == "released" else runs.RUNS / "recipes" / runs.slug(recipe)
     configs = ModelConfig.released().but(**model), TrainConfig.released().but(**training)
     found = {}
     for corpus in CORPORA:
@@ -52,10 +55,6 @@ def measured(recipe: str) -> dict[tuple[str, str], tuple[dict, dict]]:
     return found
 
 
-def slug(recipe: str) -> str:
-    return "".join(letter if letter.isalnum() else "-" for letter in recipe.lower())
-
-
 def row(recipe: str, way: str, metric: str) -> dict:
     found: dict = {"recipe": recipe}
     for corpus in ("mean", *CORPORA):
@@ -66,7 +65,9 @@ def row(recipe: str, way: str, metric: str) -> dict:
 
 
 if __name__ == "__main__":
-    for recipe in (named := sys.argv[1:]):
+    if unknown := set(named := sys.argv[1:]) - set(RECIPES):
+        sys.exit(f"no recipe {', '.join(unknown)}; there are: {', '.join(RECIPES)}")
+    for recipe in named:
         measured(recipe)
     for way in () if named else WAYS:
         for metric in ("r@10", "accuracy"):

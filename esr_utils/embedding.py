@@ -33,7 +33,7 @@ from esr_utils.speech import SpeechBackbone
 from esr_utils.styles import STYLES
 
 CACHE = runs.RUNS / "cache"
-_FORMAT = 3  # part of every name: raise it when the way frames are computed changes
+_FORMAT = 3  # part of every name: raise it when what is kept, or the way it is computed, changes
 _BATCH = 16  # clips a forward pass
 _POOLINGS = {"mean": 1, "stats": 2}  # kept of each clip: of `Pooling`, how many numbers of each of a frame
 

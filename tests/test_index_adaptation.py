@@ -13,6 +13,7 @@ import soundfile
 import torch
 
 from esr_utils import adaptation, index_adaptation, recordings, runs
+from esr_utils import index as index_module
 from esr_utils.adaptation import AdaptationError, Statistics
 from esr_utils.config import SAMPLE_RATE
 from esr_utils.index import Index
@@ -123,6 +124,38 @@ def test_more_files_move_the_statistics_and_removed_ones_too(model, tmp_path):
     index.delete_files("cde")
     index_adaptation.adapt(index, model)
     check(index, model, dict.fromkeys(two, of(*two.values())), **two)
+
+
+def test_by_file_each_has_its_own(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(adaptation, "MIN_CLIPS", N)
+    index = Index.create(tmp_path / "index", model, adapt="file")
+    fill(index, model, **FILES)
+    check(index, model, {name: of(values) for name, values in FILES.items()}, **FILES)
+
+
+def test_interrupted_before_there_are_any_statistics_it_goes_on(model, tmp_path, monkeypatch):
+    index = Index.create(tmp_path / "index", model, adapt="all")
+    index.add(embedded(model, name, *values) for name, values in FILES.items())
+    with monkeypatch.context() as patch:
+        patch.setattr(Index, "commit", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            index_adaptation.adapt(index, model)
+    assert index_adaptation.statistics(index, model) is None and index_adaptation.is_due(index)
+    assert index_adaptation.adapt(index, model).files == len(FILES)
+    check(index, model, dict.fromkeys(FILES, of(*FILES.values())), **FILES)
+
+
+def test_an_index_made_anew_by_another_model_takes_its_own_statistics(model, tmp_path, monkeypatch):
+    fill(Index.create(tmp_path / "index", model, adapt="all"), model, **FILES)
+    monkeypatch.setattr(index_module, "model_id", lambda _: "another")
+    index = Index.create(tmp_path / "index", model, adapt="all", replace=True)
+    heard = {name: (seed + 50, offset + 9.0, *rest) for name, (seed, offset, *rest) in FILES.items()}
+    index.add(  # of the same recordings
+        replace(embedded(model, name, *values), file=embedded(model, name, *FILES[name]).file)
+        for name, values in heard.items()
+    )
+    index_adaptation.adapt(index, model)
+    check(index, model, dict.fromkeys(heard, of(*heard.values())), **heard)
 
 
 def test_what_has_not_moved_is_left_alone(model, tmp_path, monkeypatch):

@@ -592,9 +592,12 @@ def test_packaged_weights_in_parts_are_joined_once(packaged, tmp_path, monkeypat
 
     joined.unlink()
     (tmp_path / parts[1][0] / parts[1][1]).write_bytes(whole[1000:-1])
-    with pytest.raises(weights.WeightsError, match="sha256"):
+    with pytest.raises(weights.WeightsError, match="a_part_1.*a_part_2.*sha256.*reinstall"):
         weights.find("parted")
     assert not list(joined.parent.iterdir())
+    monkeypatch.setattr(runs, "RUNS", packaged)  # no folder
+    with pytest.raises(weights.WeightsError, match="'parted' are joined once, cannot be written"):
+        weights.find("parted")
     (tmp_path / parts[1][0] / parts[1][1]).unlink()
     with pytest.raises(weights.WeightsError, match="part2 is missing"):
         weights.find("parted")
