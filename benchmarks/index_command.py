@@ -4,10 +4,9 @@
     refresh   so many unchanged recordings of ten moments each, the walk of their folder included: seconds; also of
               `recordings.find` and `refresh` alone, in a process that has its model already
 
-The retriever is the default one with heads that are not trained, which costs the same. The recording is real speech
-where $ESR_DATA says where it is (RAVDESS, EmoDB, nEMO), else the demo corpus: ten minutes of clips with pauses of 0.3
-to 3 s and a little noise, over and over. Memory is of all processes that the command starts, together. Needs Linux; six
-hours take 2 GB of disk.
+The retriever is the released one. The recording is real speech where $ESR_DATA says where it is (RAVDESS, EmoDB,
+nEMO), else the demo corpus: ten minutes of clips with pauses of 0.3 to 3 s and a little noise, over and over. Memory is
+of all processes that the command starts, together. Needs Linux; six hours take 2 GB of disk.
 """
 
 from __future__ import annotations
@@ -27,12 +26,10 @@ import pandas as pd
 import soundfile
 import soxr
 
-from esr_utils import manifests, recordings, runs
+from esr_utils import manifests, recordings
 from esr_utils.audio_folder import absolute_key
-from esr_utils.config import ModelConfig
 from esr_utils.index import Index
 from esr_utils.index_rows import Embedded, File
-from esr_utils.retriever import StyleRetriever
 
 RATE, PART_S, MOMENTS = 44_100, 600, 10
 LIMITS = {"speed": 25.0, "memory": 1.5, "refresh": 5.0}  # times real time, GB, s
@@ -86,7 +83,7 @@ def hours(folder: Path, n: float) -> bool:
         while (left := round(n * 3600 * RATE) - file.frames) > 0:
             file.write(samples[:left])
     del samples
-    seconds, peak = esr(folder / "long.flac", "--index", folder / "index", "--run", folder / "run")
+    seconds, peak = esr(folder / "long.flac", "--index", folder / "index")
     speed = n * 3600 / seconds
     met = speed >= LIMITS["speed"] and peak <= LIMITS["memory"]
     print(f"{n:g} h in one file: {seconds:.0f} s, {speed:.0f} x real time, peak {peak:.2f} GB "
@@ -95,8 +92,8 @@ def hours(folder: Path, n: float) -> bool:
 
 
 def refresh(folder: Path, n: int) -> bool:
-    model, level, run = recordings.load_retriever(folder / "run")
-    index, dim = Index.create(folder / "index", model, level=level, run=run), model.config.dim
+    model, level, _ = recordings.load_retriever()
+    index, dim = Index.create(folder / "index", model, level=level), model.config.dim
     rng, start = np.random.default_rng(0), np.arange(MOMENTS) * 4.0
     rows, made = pd.DataFrame({"start_s": start, "end_s": start + 4}), []
     for i in range(n):
@@ -126,7 +123,5 @@ def refresh(folder: Path, n: int) -> bool:
 if __name__ == "__main__":
     mode, n = [*sys.argv[1:], *("hours", {"refresh": "10000"}.get("".join(sys.argv[1:]), "6"))[len(sys.argv) - 1 :]]
     with tempfile.TemporaryDirectory() as temporary:
-        StyleRetriever.build(ModelConfig()).save(Path(temporary) / "run" / "best")
-        runs.write_json(Path(temporary) / "run" / "config.json", {"training": {"level": "normalised"}})
         met = hours(Path(temporary), float(n)) if mode == "hours" else refresh(Path(temporary), int(n))
     sys.exit(int(not met))

@@ -4,10 +4,10 @@
     plain    what one would write down first: each file read whole and resampled (soundfile, soxr), silero-vad's own
              `get_speech_timestamps`, one clip after the other through the same retriever, the same index
 
-Whisper tiny and MiniLM with heads that are not trained, which costs the same. A podcast (44.1 kHz, stereo FLAC), a call
-(8 kHz WAV), an MP3 (24 kHz) and short notes (16 kHz Ogg), made of clips of the demo corpus with pauses of 0.3 to 3 s
-and a little noise; a quarter of the minutes each. In turns, each in a process of its own, after a warm-up that loads
-the models; as many threads as torch takes by itself, or OMP_NUM_THREADS.
+By the released retriever. A podcast (44.1 kHz, stereo FLAC), a call (8 kHz WAV), an MP3 (24 kHz) and short notes
+(16 kHz Ogg), made of clips of the demo corpus with pauses of 0.3 to 3 s and a little noise; a quarter of the minutes
+each. In turns, each in a process of its own, after a warm-up that loads the models; as many threads as torch takes by
+itself, or OMP_NUM_THREADS.
 """
 
 from __future__ import annotations
@@ -31,10 +31,8 @@ import soxr
 import torch
 
 from esr_utils import manifests, recordings
-from esr_utils.config import ModelConfig
 from esr_utils.index import Index
 from esr_utils.index_rows import Embedded, File
-from esr_utils.retriever import StyleRetriever
 
 MINUTES, ROUNDS = 60.0, 3
 RATE = 16_000
@@ -98,8 +96,7 @@ def plain(index: Index, folder: Path) -> int:
 def measure(system, folder: Path, warm_up: Path, place: Path, seconds: float, answers) -> None:
     """In a process of its own, so that its peak memory is its own."""
     threads = torch.get_num_threads()
-    torch.manual_seed(0)
-    model = StyleRetriever.build(ModelConfig()).eval()
+    model = recordings.load_retriever()[0]
     system(Index.create(place / "warm-up", model), warm_up)
     torch.set_num_threads(threads)  # silero-vad's import sets it to 1
     index = Index.create(place / "index", model)
