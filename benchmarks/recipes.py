@@ -24,14 +24,13 @@ from adaptation import CORPORA, METRICS, SEEDS
 from esr_utils import runs
 from esr_utils.config import ModelConfig, TrainConfig
 
-# Changes to the model's settings, and to the training's. Mixup is for multi-positive targets alone.
+# Changes to the model's settings, and to the training's.
 RECIPES: dict[str, tuple[dict, dict]] = {
     "released": ({}, {}),
     "Whisper tiny": ({"speech_backbone": "whisper-tiny"}, {}),
     "layers mixed, not side by side": ({"concat_layers": False}, {}),
     "batches of any corpora": ({}, {"batches": "any"}),
     "without mixup": ({}, {"mixup": 0.0}),
-    "InfoNCE, without mixup": ({}, {"mixup": 0.0, "objective": "infonce"}),
     "without speeds": ({}, {"speeds": ()}),
     "standardised by the training alone": ({}, {"standardise": "training"}),
 }

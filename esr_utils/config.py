@@ -267,7 +267,7 @@ class TrainConfig(_Config):
 
     @classmethod
     def released(cls) -> Self:
-        """Of models/esr-tiny: chosen by cross-validation over training and validation speakers, as its card says."""
+        """Of models/esr-tiny, whose card says how it was chosen."""
         return cls(
             epochs=20,
             learning_rate=3e-4,
