@@ -109,6 +109,7 @@ class Snapshot:
 
         vectors, row_ids, order = self._loaded()
         scores, errors = vectors.scores(vector)
+        found = pa.table({})  # with their columns: to read these for themselves would take as long again
         places = None
         if condition is not None:
             met = _joined(
@@ -117,21 +118,24 @@ class Snapshot:
             places = np.sort(order[np.searchsorted(row_ids, met, sorter=order)])  # ties keep the order of the table
 
         def best(n: int) -> Rows:
+            nonlocal found
             some = slice(None) if places is None else places
             rows = nearest.candidates(scores[some], errors[some], n)
             rows = rows if places is None else places[rows]
-            scores[rows] = _products(self.table.vectors(row_ids[rows]), vector)
+            found = self.table.rows(row_ids[rows], ["vector", *self.columns])
+            own = found["vector"].take(_places(found, row_ids[rows]))
+            scores[rows] = _products(matrix(own, self.table.about["dim"]), vector)
             errors[rows] = 0
             rows = rows[nearest.best(scores[rows], n)]
             return row_ids[rows], scores[rows]
 
-        return Scored(best, scores, lambda rows: self.table.take(rows, list(self.columns)))
+        return Scored(best, scores, lambda rows: self._shown(found, rows))
 
     def approximate(self, vector: NDArray[np.float32], condition: Expr | None) -> Scored:
         """The best found by the approximate index, and scored exactly; the share below is that of a sample."""
         self._warm()
         condition = self.alive(condition) if condition is not None or self._dead else None
-        found = pa.table({})  # with their columns: to read these for themselves would take as long again
+        found = pa.table({})
 
         def best(n: int) -> Rows:
             nonlocal found
@@ -142,11 +146,11 @@ class Snapshot:
             found = search.select([*self.columns, "_distance"]).with_row_id(True).to_arrow()
             return found["_rowid"].to_numpy(), (1 - found["_distance"].to_numpy()).astype(np.float32)
 
-        def take(rows: NDArray[np.uint64]) -> pd.DataFrame:
-            places = pc.index_in(pa.array(rows, pa.uint64()), found["_rowid"])
-            return found.take(places).select(list(self.columns)).to_pandas()
+        return Scored(best, np.einsum("nd,d->n", self.sample(), vector), lambda rows: self._shown(found, rows))
 
-        return Scored(best, np.einsum("nd,d->n", self.sample(), vector), take)
+    def _shown(self, found: pa.Table, rows: NDArray[np.uint64]) -> pd.DataFrame:
+        """Some of the rows that were found; empty values as pandas has them for the column's type."""
+        return found.take(_places(found, rows)).select(list(self.columns)).to_pandas()
 
     def _warm(self) -> None:
         """Before the second query, reads the approximate index into memory, for a million moments 150 MB in half a
@@ -232,6 +236,10 @@ def _fitting(column: str, kind: pa.DataType, value: object) -> str | float | int
     if number and pa.types.is_integer(kind):
         return int(value) if float(value).is_integer() else float(value)
     raise QueryError(f"column {column!r} is of type {kind}; {value!r} is no value of it")
+
+
+def _places(found: pa.Table, rows: NDArray[np.uint64]) -> pa.Array:
+    return pc.index_in(pa.array(rows, pa.uint64()), found["_rowid"])
 
 
 def _products(vectors: NDArray[np.floating], query: NDArray[np.float32]) -> NDArray[np.float32]:

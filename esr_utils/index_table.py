@@ -197,18 +197,9 @@ class IndexTable:
         """Rows that meet a condition, with `_rowid`, piece by piece."""
         yield from self.table.search().where(where).select(list(columns)).with_row_id(True).to_batches(2048)
 
-    def take(self, row_ids: Sequence[int], columns: Sequence[str]) -> pd.DataFrame:
-        """Rows by their `_rowid`, in the order asked for; empty values as pandas has them for the column's type."""
-        return self._rows(row_ids, columns).to_pandas()
-
-    def vectors(self, row_ids: Sequence[int]) -> NDArray[np.float16]:
-        """(n, d) vectors of rows by their `_rowid`, in the order asked for."""
-        return matrix(self._rows(row_ids, ["vector"])["vector"], self.about["dim"])
-
-    def _rows(self, row_ids: Sequence[int], columns: Sequence[str]) -> pa.Table:
-        rows = self.table.take_row_ids([int(i) for i in row_ids]).select(list(columns)).with_row_id().to_arrow()
-        place = {row: i for i, row in enumerate(rows["_rowid"].to_pylist())}
-        return rows.take(pa.array([place[int(i)] for i in row_ids], pa.int64())).drop_columns("_rowid")
+    def rows(self, row_ids: NDArray[np.uint64], columns: Sequence[str]) -> pa.Table:
+        """Rows by their `_rowid`, in any order, with it."""
+        return self.table.take_row_ids(row_ids.tolist()).select(list(columns)).with_row_id().to_arrow()
 
 
 def matrix(vectors: pa.FixedSizeListArray | pa.ChunkedArray, dim: int) -> NDArray[np.float16]:
