@@ -28,11 +28,9 @@ from esr_utils.config import ModelConfig, TrainConfig
 RECIPES: dict[str, tuple[dict, dict]] = {
     "released": ({}, {}),
     "Whisper tiny": ({"speech_backbone": "whisper-tiny"}, {}),
-    "layers mixed, not side by side": ({"concat_layers": False}, {}),
     "batches of any corpora": ({}, {"batches": "any"}),
     "without mixup": ({}, {"mixup": 0.0}),
     "without speeds": ({}, {"speeds": ()}),
-    "standardised by the training alone": ({}, {"standardise": "training"}),
 }
 WAYS = ("training", "speaker")
 

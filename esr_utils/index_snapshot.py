@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from esr_utils.index_table import IndexTable, matrix
+from esr_utils.index_table import IndexTable, matrix, places
 
 if TYPE_CHECKING:
     from lancedb.expr import Expr
@@ -110,21 +110,20 @@ class Snapshot:
         vectors, row_ids, order = self._loaded()
         scores, errors = vectors.scores(vector)
         found = pa.table({})  # with their columns: to read these for themselves would take as long again
-        places = None
+        met_places = None
         if condition is not None:
             met = _joined(
                 batch["_rowid"].to_numpy() for batch in self.table.batches(["version"], self.alive(condition))
             )
-            places = np.sort(order[np.searchsorted(row_ids, met, sorter=order)])  # ties keep the order of the table
+            met_places = np.sort(order[np.searchsorted(row_ids, met, sorter=order)])  # ties keep the order of the table
 
         def best(n: int) -> Rows:
             nonlocal found
-            some = slice(None) if places is None else places
+            some = slice(None) if met_places is None else met_places
             rows = nearest.candidates(scores[some], errors[some], n)
-            rows = rows if places is None else places[rows]
+            rows = rows if met_places is None else met_places[rows]
             found = self.table.rows(row_ids[rows], ["vector", *self.columns])
-            own = found["vector"].take(_places(found, row_ids[rows]))
-            scores[rows] = _products(matrix(own, self.table.about["dim"]), vector)
+            scores[rows] = _products(matrix(found["vector"], self.table.about["dim"]), vector)
             errors[rows] = 0
             rows = rows[nearest.best(scores[rows], n)]
             return row_ids[rows], scores[rows]
@@ -150,7 +149,7 @@ class Snapshot:
 
     def _shown(self, found: pa.Table, rows: NDArray[np.uint64]) -> pd.DataFrame:
         """Some of the rows that were found; empty values as pandas has them for the column's type."""
-        return found.take(_places(found, rows)).select(list(self.columns)).to_pandas()
+        return found.take(places(found, rows)).select(list(self.columns)).to_pandas()
 
     def _warm(self) -> None:
         """Before the second query, reads the approximate index into memory, for a million moments 150 MB in half a
@@ -236,10 +235,6 @@ def _fitting(column: str, kind: pa.DataType, value: object) -> str | float | int
     if number and pa.types.is_integer(kind):
         return int(value) if float(value).is_integer() else float(value)
     raise QueryError(f"column {column!r} is of type {kind}; {value!r} is no value of it")
-
-
-def _places(found: pa.Table, rows: NDArray[np.uint64]) -> pa.Array:
-    return pc.index_in(pa.array(rows, pa.uint64()), found["_rowid"])
 
 
 def _products(vectors: NDArray[np.floating], query: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 from filelock import FileLock
 from numpy.typing import NDArray
 
@@ -198,8 +199,14 @@ class IndexTable:
         yield from self.table.search().where(where).select(list(columns)).with_row_id(True).to_batches(2048)
 
     def rows(self, row_ids: NDArray[np.uint64], columns: Sequence[str]) -> pa.Table:
-        """Rows by their `_rowid`, in any order, with it."""
-        return self.table.take_row_ids(row_ids.tolist()).select(list(columns)).with_row_id().to_arrow()
+        """Rows by their `_rowid`, with it, in the order asked for."""
+        found = self.table.take_row_ids(row_ids.tolist()).select(list(columns)).with_row_id().to_arrow()
+        return found.take(places(found, row_ids))
+
+
+def places(found: pa.Table, row_ids: NDArray[np.uint64]) -> pa.Array:
+    """Where rows are in a table that has their `_rowid`."""
+    return pc.index_in(pa.array(row_ids, pa.uint64()), found["_rowid"])
 
 
 def matrix(vectors: pa.FixedSizeListArray | pa.ChunkedArray, dim: int) -> NDArray[np.float16]:

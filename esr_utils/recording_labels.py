@@ -25,6 +25,7 @@ from esr_utils.audio_folder import absolute_key
 from esr_utils.index import Index
 from esr_utils.index_rows import RESERVED, Embedded, File
 from esr_utils.index_snapshot import Snapshot
+from esr_utils.index_table import matrix
 from esr_utils.manifest_schema import ManifestError
 from esr_utils.text_tables import read_table
 
@@ -174,15 +175,16 @@ class Columns:
             wanted = self.of(key, part)
             if all(_same(part.get(name), wanted[name]) for name in wanted):
                 continue
-            about, rows = known.loc[key], part["_rowid"]
-            kept = [name for name in index.columns() if name not in ("file", *wanted)]
-            table = pd.concat([index.take(rows, kept), wanted.reset_index(drop=True)], axis=1)
+            about, kept = known.loc[key], [name for name in index.columns() if name not in ("file", *wanted)]
+            adapts = ["pooled", "adapted"] if index.about["pooled"] else []
+            rows = index.rows(part["_rowid"].to_numpy(), [*kept, "vector", *adapts])
+            table = pd.concat([rows.select(kept).to_pandas(), wanted.reset_index(drop=True)], axis=1)
             pooled, adapted = None, None
-            if index.about["pooled"]:
-                kept = index.take(rows, ["pooled", "adapted"])
-                pooled, adapted = np.stack(kept["pooled"]), kept["adapted"].tolist()
+            if adapts:
+                pooled, adapted = matrix(rows["pooled"], index.about["pooled"]), rows["adapted"].to_pylist()
             file = File(key, files[key], int(about["size"]), int(about["mtime_ns"]), about["sha256"])
-            yield Embedded(file, table, index.vectors(rows), pooled, about["problem"], adapted)
+            vectors = matrix(rows["vector"], index.about["dim"])
+            yield Embedded(file, table, vectors, pooled, about["problem"], adapted)
 
 
 def _is_manifest(file: Path) -> bool:
