@@ -1,9 +1,6 @@
-"""From clips to vectors: a frozen backbone's frames, run once and kept on disk, and the embeddings of a manifest.
+"""From clips to vectors: what a frozen backbone makes of a manifest's clips, and the embeddings of them.
 
-Kept are the frames of every layer as fp16, and these pooled over time, one safetensors file a clip, under a name made
-from the audio file's content, the range and channel cut from it, the level, and the backbone's fingerprint: a changed
-file, setting or backbone is another name. A file cut short or damaged is not read but made anew. Whisper base takes
-0.36 MB per second of speech, Whisper tiny 0.19; what a StyleRetriever reads of it is 28 or 15 kB a clip.
+A backbone that is frozen is run once a clip, and its frames are kept (`frame_cache`).
 """
 
 from __future__ import annotations
@@ -17,79 +14,19 @@ import pandas as pd
 import torch
 from lhotse import CutSet
 from lhotse.cut import Cut
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from esr_utils import adaptation, batches, runs, weights
-from esr_utils.audio_files import ContentNames
-from esr_utils.config import SAMPLE_RATE, Level
+from esr_utils import adaptation, batches
+from esr_utils.config import Level
+from esr_utils.frame_cache import CACHE, FrameCache, pool_one
 from esr_utils.fusion import FusionRetriever, pool_frames
-from esr_utils.retriever import Retriever, StyleRetriever, pool
-from esr_utils.speech import SpeechBackbone
+from esr_utils.retriever import Retriever, StyleRetriever
 from esr_utils.styles import STYLES
 
-CACHE = runs.RUNS / "cache"
-_FORMAT = 3  # part of every name: raise it when what is kept, or the way it is computed, changes
 _BATCH = 16  # clips a forward pass
-_POOLINGS = {"mean": 1, "stats": 2}  # kept of each clip: of `Pooling`, how many numbers of each of a frame
-
-
-class FrameCache:
-    """Frames of one backbone at one level, by content.
-
-    Attributes:
-        folder: where the files are; safe to delete at any time.
-        shape: (L, D) of a clip's frames; L is 1 where only the last layer is kept.
-    """
-
-    def __init__(self, backbone: SpeechBackbone, level: Level, folder: Path = CACHE, last_only: bool = False) -> None:
-        kind = f"{type(backbone).__name__}-{weights.fingerprint(backbone)[:12]}-{level}-{_FORMAT}"
-        self.folder = folder / (kind + "-last" * last_only)
-        self.backbone, self.shape = backbone, (1 if last_only else backbone.n_layers, backbone.dim)
-        self._names = ContentNames()
-
-    def path(self, cut: Cut) -> Path:
-        """Where the frames of this cut are, or would be."""
-        name = self._names.name(cut)
-        return self.folder / name[:2] / f"{name}.safetensors"
-
-    def read(self, cut: Cut) -> tuple[Tensor, Tensor] | None:
-        """Frames (L, T, D) fp16 and which carry speech (T,) bool, or None if they are not there whole."""
-        return self._read(cut, "frames", "active")
-
-    def pooled(self, cut: Cut, pooling: str) -> tuple[Tensor] | None:
-        """The frames as `retriever.pool` makes them one vector a layer (L, P), or None if they are not there whole."""
-        return self._read(cut, pooling)
-
-    def _read(self, cut: Cut, *names: str) -> tuple[Tensor, ...] | None:
-        try:
-            with safe_open(self.path(cut), framework="pt") as file:
-                return tuple(file.get_tensor(name) for name in names) if self._whole(cut, file) else None
-        except (OSError, SafetensorError):
-            return None
-
-    def _whole(self, cut: Cut, file: safe_open) -> bool:
-        """Whether all is there, and as many frames as the cut has; one more or less comes of rounding to 16 kHz."""
-        shape = {name: tuple(file.get_slice(name).get_shape()) for name in ("frames", "active", *_POOLINGS)}
-        n_layers, n_frames, width = shape["frames"] if len(shape["frames"]) == 3 else (0, 0, 0)
-        expected = self.backbone.n_frames(torch.tensor(round(cut.duration * SAMPLE_RATE)))
-        return (
-            file.get_slice("frames").get_dtype() == "F16"
-            and (n_layers, width) == self.shape
-            and shape["active"] == (n_frames,)
-            and all(shape[name] == (n_layers, factor * width) for name, factor in _POOLINGS.items())
-            and abs(n_frames - int(expected)) <= 1
-        )
-
-    def write(self, cut: Cut, frames: Tensor, active: Tensor) -> None:
-        """Keeps frames (L, T, D) fp16 and which carry speech (T,) bool, atomically."""
-        pooled = {pooling: _pool_one(frames, active, pooling) for pooling in _POOLINGS}
-        with runs.atomic_path(self.path(cut)) as temporary:
-            save_file({"frames": frames.contiguous(), "active": active.contiguous(), **pooled}, temporary)
 
 
 @dataclass(frozen=True)
@@ -138,10 +75,9 @@ def frozen_features(model: StyleRetriever, cuts: CutSet, level: Level, cache: Pa
     pooling = model.config.pooling
 
     def read(kept: FrameCache, cut: Cut) -> Tensor | None:
-        found = kept.pooled(cut, pooling)
-        return found and found[0]
+        return kept.pooled(cut, pooling)
 
-    cut_ids, pooled, skipped = _of_frames(model, cuts, level, cache, read, lambda *found: _pool_one(*found, pooling))
+    cut_ids, pooled, skipped = _of_frames(model, cuts, level, cache, read, lambda *found: pool_one(*found, pooling))
     empty = torch.zeros(0, *model.speech_head.mean.shape)
     return Features(cut_ids, torch.stack(pooled) if pooled else empty, skipped)
 
@@ -221,11 +157,6 @@ def _fitted(layers: Tensor, mask: Tensor, active: Tensor) -> tuple[list[Tensor],
     lengths = mask.sum(1).tolist()
     frames = [one[:, :length] for one, length in zip(layers.half().cpu(), lengths, strict=True)]
     return frames, [one[:length] for one, length in zip(active.cpu(), lengths, strict=True)]
-
-
-def _pool_one(frames: Tensor, active: Tensor, pooling: str) -> Tensor:
-    """One clip's kept frames to (L, P)."""
-    return pool(frames[None], torch.ones(1, frames.shape[1], dtype=torch.bool), active[None], pooling)[0]
 
 
 def skipped_table(skipped: list[tuple[str, str]]) -> pd.DataFrame:

@@ -14,8 +14,9 @@ from lhotse import CutSet, MonoCut, Recording
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from esr_utils import batches, embedding
-from esr_utils.embedding import FrameCache, FrozenClips, embed, frozen_features
+from esr_utils import batches, embedding, frame_cache
+from esr_utils.embedding import FrozenClips, embed, frozen_features
+from esr_utils.frame_cache import FrameCache
 from esr_utils.manifests import to_cuts
 from esr_utils.retriever import StyleRetriever
 from esr_utils.speech import active_frames
@@ -210,7 +211,7 @@ def test_another_level_or_backbone_is_another_entry(tiny_model, tiny_config, cut
 
 def test_killed_while_writing_nothing_half_written_is_taken_for_whole(tiny_model, cuts, cache, clips_run, monkeypatch):
     whole = frozen_features(tiny_model, cuts, LEVEL, cache / "whole")
-    save, written = embedding.save_file, []
+    save, written = frame_cache.save_file, []
 
     def killed(tensors, path):
         save(tensors, path)
@@ -220,7 +221,7 @@ def test_killed_while_writing_nothing_half_written_is_taken_for_whole(tiny_model
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(embedding, "save_file", killed)
+        patch.setattr(frame_cache, "save_file", killed)
         with pytest.raises(KeyboardInterrupt):
             frozen_features(tiny_model, cuts, LEVEL, cache / "killed")
     assert len(files(cache / "killed")) == 3  # no rest lies about
