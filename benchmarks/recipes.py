@@ -1,4 +1,4 @@
-"""What each part of the released retriever's recipe is worth on a corpus that was left out of the training.
+"""What some parts of the released retriever's recipe is worth on a corpus that was left out of the training.
 
     python benchmarks/recipes.py [recipe ...]      with $ESR_DATA = <folder with ravdess, emodb, nemo>
 
@@ -31,6 +31,8 @@ RECIPES: dict[str, tuple[dict, dict]] = {
     "batches of any corpora": ({}, {"batches": "any"}),
     "without mixup": ({}, {"mixup": 0.0}),
     "without speeds": ({}, {"speeds": ()}),
+    "a mix of layers": ({"concat_layers": False}, {}),
+    "training's statistics": ({}, {"standardise": "training"}),
 }
 WAYS = ("training", "speaker")
 

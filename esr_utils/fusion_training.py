@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from lhotse.cut import Cut
 
-from esr_utils import batches, captions, embedding, provenance, retriever, runs
+from esr_utils import batches, captions, checkpoints, embedding, provenance, retriever, runs
 from esr_utils.config import ConfigError, FusionConfig, FusionTrainConfig
 from esr_utils.fitting import Fitting
 from esr_utils.fusion import FusionRetriever
@@ -51,7 +51,8 @@ def fit(
     model_config, config = model_config or FusionConfig(), config or FusionTrainConfig()
     folder, place = runs.run_folder(run), runs.pick_device(device)
     begin(manifest, captioned, folder, model_config, config)
-    _Trainer(manifest, captioned, folder, model_config, config, device, cache).run()
+    if not checkpoints.finished(folder):
+        _Trainer(manifest, captioned, folder, model_config, config, device, cache).run()
     return FusionRetriever.load(folder / "best", place)
 
 

@@ -16,7 +16,7 @@ import torch
 from lhotse import CutSet
 from lhotse.cut import Cut
 
-from esr_utils import adaptation, batches, embedding, provenance, runs, weights
+from esr_utils import adaptation, batches, checkpoints, embedding, provenance, runs, weights
 from esr_utils.config import ConfigError, ModelConfig, TrainConfig
 from esr_utils.fitting import Fitting
 from esr_utils.losses import NO_STYLE, Mixed
@@ -63,6 +63,8 @@ def fit(
     folder, place = runs.run_folder(run), runs.pick_device(device)
     _check_first_stage(manifest, config)
     provenance.begin(manifest, folder, model_config, config)
+    if checkpoints.finished(folder):
+        return StyleRetriever.load(folder / "best", place)  # without reading a clip
     if processes > 1:
         _fit_in_processes(manifest, folder, device, cache, processes)
     else:

@@ -14,7 +14,7 @@ from lhotse import CutSet, MonoCut, Recording
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from esr_utils import batches, embedding, frame_cache
+from esr_utils import batches, frame_cache
 from esr_utils.embedding import FrozenClips, embed, frozen_features
 from esr_utils.frame_cache import FrameCache
 from esr_utils.manifests import to_cuts

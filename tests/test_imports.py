@@ -23,7 +23,9 @@ LAYERS = {
         "manifests", "corpora", "provenance", "batches", "acoustics", "attributes", "captions", "trials", "scoring",
         "captioned", "controls", "embeddings_file",
     ),
-    "models": ("speech", "text", "chat", "retriever", "fusion", "frame_cache", "embedding", "vad", "moments", "adaptation"),
+    "models": (
+        "speech", "text", "chat", "retriever", "fusion", "frame_cache", "embedding", "vad", "moments", "adaptation",
+    ),
     "top": (
         "objective", "checkpoints", "fitting", "training", "evaluation", "comparison", "ablations", "spaces", "index",
         "generation", "mining", "plots", "fusion_objective", "fusion_training", "fusion_systems", "protocols",
