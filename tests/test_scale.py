@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import soundfile
+import torch
 
-from esr_utils import recordings, scale
+from esr_utils import adaptation, recordings, runs, scale
 from esr_utils.index import Index, build
 from esr_utils.index_rows import Embedded, File
 from esr_utils.index_table import IndexTable
@@ -146,6 +147,22 @@ def test_an_interrupted_driver_goes_on(folder, index, alone, tiny_run, monkeypat
     report = scale.refresh(index, found, tiny_run, Workers(1))
     assert (report.unchanged, report.embedded) == (n, 10 - n)
     check_same(index, alone(folder)[0])
+
+
+def test_an_index_that_adapts_does_so_by_what_the_workers_have_heard(folder, tmp_path, tiny_model, monkeypatch):
+    monkeypatch.setattr(adaptation, "MIN_CLIPS", 2)
+    monkeypatch.setattr(adaptation, "FEW_STYLES", 0.0)  # what a retriever that is not trained takes for styles
+    (folder / "labels.csv").write_text("path,speaker\n" + "".join(f"{i}.wav,{'ab'[i % 2]}\n" for i in range(8)))
+    tiny_model.speech_head.fit(torch.randn(100, *tiny_model.speech_head.mean.shape) + 0.1)
+    tiny_model.save(tmp_path / "run" / "best")
+    runs.write_json(tmp_path / "run" / "config.json", {"kind": "style", "training": {"level": "recorded"}})
+    found = recordings.find(folder)
+    spread, alone = (Index.create(tmp_path / name, tiny_model, adapt="speaker") for name in ("spread", "alone"))
+    reports = scale.refresh(spread, found, tmp_path / "run", WORKERS), recordings.refresh(alone, found)
+    assert reports[0].adapted == reports[1].adapted == 8
+    check_same(spread, alone, ("speaker",))
+    adapted = spread.table.to_pandas().query("written == 0").groupby("speaker", dropna=False)["adapted"].unique()
+    assert len(set(np.concatenate(adapted.tolist()))) == 3  # a, b, and what has no speaker
 
 
 # Manifests --------------------------------------------------------------------------------------------------
