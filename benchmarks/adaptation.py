@@ -26,8 +26,8 @@ CORPORA = ("ravdess", "emodb", "nemo")
 FOLDER = runs.RUNS / "adaptation"
 WAYS = ("training", "corpus", "speaker")  # whose statistics
 METRICS = ("r@1", "r@10", "accuracy")
-SIZES = (10, 20, 50, 100, 200)
-DRAWS = 20  # of clips, of each size and seed
+SIZES = (10, 20, 30, 50)
+DRAWS = 5  # of clips, of each size, voice and seed
 
 
 @dataclass
@@ -60,14 +60,27 @@ class LeftOut:
         """The statistics of some rows, however few."""
         return adaptation.gather([(["all"] * len(rows), self.pooled[rows])])["all"]
 
+    def shrunk(self, rows: np.ndarray) -> Statistics:
+        """The statistics of some rows and the prior."""
+        return adaptation.shrunk(self.own(rows), adaptation.of_training(self.model))
+
+    def rule(self, rows: np.ndarray) -> Statistics:
+        """By what an index standardises rows that are a group."""
+        few = self.effective_styles(rows) < adaptation.FEW_STYLES
+        return adaptation.of_training(self.model) if few else self.shrunk(rows)
+
+    def effective_styles(self, rows: np.ndarray) -> float:
+        """How many styles some clips seem to have, which is what an index goes by."""
+        every = evaluation.style_queries(self.model, list(STYLES), "seen")
+        return adaptation.effective_styles(adaptation.style_counts(self.model, self.pooled[rows], every))
+
     def adapted(self, way: str) -> np.ndarray:
-        """(N, S), every clip by the statistics of its group."""
-        training_own = adaptation.of_training(self.model)
+        """(N, S), every clip as in an index that adapts so."""
         groups = {"training": [""] * len(self.clips), "corpus": self.clips["corpus"], "speaker": self.clips["speaker"]}
         groups, found = np.asarray(groups[way]), np.zeros((len(self.clips), len(self.styles)), np.float32)
         for group in np.unique(groups):
             rows = np.flatnonzero(groups == group)
-            by = training_own if way == "training" else adaptation.usable(self.own(rows), training_own)
+            by = adaptation.of_training(self.model) if way == "training" else self.rule(rows)
             found[rows] = self.scores(rows, by)
         return found
 
@@ -120,38 +133,34 @@ def compared(found: list[LeftOut]) -> pd.DataFrame:
     return pd.DataFrame(rows).fillna("")
 
 
-def accuracy(one: LeftOut, rows: np.ndarray, own: bool) -> float:
-    """Zero-shot accuracy on some clips, by their own statistics, however few they are, or by those of the training."""
-    by = one.own(rows) if own else adaptation.of_training(one.model)
-    return float((one.scores(rows, by).argmax(1) == one.truth[rows]).mean())
+def accuracies(one: LeftOut, rows: np.ndarray) -> dict[str, float]:
+    """Zero-shot accuracy on some clips as a group, by the training's statistics, by theirs alone, and as an index."""
+    by_training = adaptation.of_training(one.model)
+    ways = {"training's": by_training, "their own": one.own(rows), "with the prior": one.shrunk(rows),
+            "as an index does": one.rule(rows)}  # fmt: skip
+    return {name: float((one.scores(rows, by).argmax(1) == one.truth[rows]).mean()) for name, by in ways.items()}
 
 
 def of_few(found: list[LeftOut]) -> list[dict]:
-    """Accuracy on n clips drawn at random, were they the whole index: where adapting begins to help."""
+    """n clips of one voice, drawn at random: what so small a group gains."""
     rows = []
     for n in SIZES:
-        gains = []
+        drawn = []
         for seed, one in enumerate(found):
             rng = np.random.default_rng([n, seed])
-            draws = [rng.choice(len(one.clips), n, replace=False) for _ in range(DRAWS)]
-            gains += [(accuracy(one, draw, False), accuracy(one, draw, True)) for draw in draws]
-        before, after = np.transpose(gains)
-        rows.append({
-            "corpus": found[0].clips.at[0, "corpus"], "clips": n, "training's": f"{before.mean():.2f}",
-            "their own": f"{after.mean():.2f}", "draws that gain": f"{(after > before).mean():.2f}",
-        })  # fmt: skip
+            voices = [np.flatnonzero(one.clips["speaker"] == speaker) for speaker in one.clips["speaker"].unique()]
+            drawn += [
+                accuracies(one, rng.choice(voice, n, replace=False))
+                for voice in voices if len(voice) >= n for _ in range(DRAWS)
+            ]  # fmt: skip
+        about = {"corpus": found[0].clips.at[0, "corpus"], "clips": n, "draws": len(drawn)}
+        rows.append(about | pd.DataFrame(drawn).mean().map("{:.2f}".format).to_dict())
     return rows
-
-
-def effective(one: LeftOut, rows: np.ndarray) -> float:
-    """How many styles some clips seem to have, which is what an index goes by."""
-    every = evaluation.style_queries(one.model, list(STYLES), "seen")
-    return adaptation.effective_styles(adaptation.style_counts(one.model, one.pooled[rows], every))
 
 
 def of_one_style(found: list[LeftOut], share: float, n: int = 100) -> list[dict]:
     """n clips of which a share is of one style, each style in turn; share 0: drawn from all clips."""
-    rows = []
+    drawn = []
     for seed, one in enumerate(found):
         rng = np.random.default_rng([seed, n])
         for style in range(len(one.styles)):
@@ -163,18 +172,16 @@ def of_one_style(found: list[LeftOut], share: float, n: int = 100) -> list[dict]
             draw = np.concatenate([rng.choice(same, kept, False), rng.choice(others, size - kept, False)])
             if not share:
                 draw = rng.choice(len(one.clips), n, replace=False)
-            accuracies = accuracy(one, draw, False), accuracy(one, draw, True)
-            rows.append((*accuracies, effective(one, draw)))
-    before, after, styles = np.transpose(rows)
-    gated = np.where(styles < adaptation.FEW_STYLES, before, after).mean()
-    low, middle, high = np.quantile(styles, [0.1, 0.5, 0.9])
-    warned = (styles < adaptation.FEW_STYLES).mean()
-    name = f"{share:.0%} of one style" if share else "drawn from all"
-    return [{"corpus": found[0].clips.at[0, "corpus"], "clips": name, "draws": len(rows),
-             "training's": f"{before.mean():.2f}", "their own": f"{after.mean():.2f}",
-             "as an index does": f"{gated:.2f}",
-             "styles they seem to have (10, 50, 90 %)": f"{low:.1f}, {middle:.1f}, {high:.1f}",
-             "warned of": f"{warned:.2f}"}]  # fmt: skip
+            drawn.append(accuracies(one, draw) | {"styles": one.effective_styles(draw)})
+    table = pd.DataFrame(drawn)
+    styles = table.pop("styles")
+    return [
+        {"corpus": found[0].clips.at[0, "corpus"],
+         "clips": f"{share:.0%} of one style" if share else "drawn from all", "draws": len(drawn)}
+        | table.mean().map("{:.2f}".format).to_dict()
+        | {"styles they seem to have (10, 50, 90 %)": ", ".join(map("{:.1f}".format, styles.quantile([0.1, 0.5, 0.9]))),
+           "warned of": f"{(styles < adaptation.FEW_STYLES).mean():.2f}"}
+    ]  # fmt: skip
 
 
 def show(title: str, table: pd.DataFrame) -> None:
@@ -186,6 +193,6 @@ if __name__ == "__main__":
     found = {corpus: [left_out(corpus, seed, *recipe) for seed in SEEDS] for corpus in CORPORA}
     show("By whose statistics, each corpus left out of the training", pd.concat(map(compared, found.values())))
     few = [row for of_seeds in found.values() for row in of_few(of_seeds)]
-    show("Accuracy on few clips, by the training's statistics and by their own", pd.DataFrame(few))
+    show("Accuracy on few clips of one voice", pd.DataFrame(few))
     harm = [row for of_seeds in found.values() for share in (0, 0.7, 0.9, 1) for row in of_one_style(of_seeds, share)]
     show("Accuracy where one style prevails, and how often that is noticed", pd.DataFrame(harm))

@@ -5,10 +5,9 @@ the pooled features. A StyleRetriever standardises them by the mean and deviatio
 here the clips to be searched stand in for those, as a whole or group by group (corpus, speaker). No label is used; but
 a clip's vector then depends on the other clips (it is transductive), so it is computed anew when these change.
 
-    own = adaptation.gather((groups, pooled) for groups, pooled in batches_of_rows)
     training = adaptation.of_training(model)
-    chosen = {group: adaptation.usable(found, training) for group, found in own.items()}
-    vectors = adaptation.vectors(model, pooled, chosen[group])
+    own = adaptation.gather((groups, pooled) for groups, pooled in batches_of_rows)
+    vectors = adaptation.vectors(model, pooled, adaptation.shrunk(own[group], training))
 """
 
 from __future__ import annotations
@@ -27,7 +26,9 @@ if TYPE_CHECKING:  # its backbones' libraries take seconds to import
 
 FEW_STYLES = 5.0  # fewer `effective_styles` of 22: perhaps too few to adapt
 _KIND = "style"  # of StyleRetriever, which alone has pooled features
-MIN_CLIPS = 50  # with fewer, their own statistics are noise, and those of the training are used
+MIN_CLIPS = 50  # with fewer in all, the statistics of the training are used
+MIN_GROUP = 10  # with fewer in a group, for that group: an index would keep nearly as many statistics as clips
+PRIOR = 10  # clips of the training, as many as whose statistics stand beside a group's own
 
 
 class AdaptationError(ValueError):
@@ -60,14 +61,13 @@ class Mixture:
             names: of N clips, or windows of clips.
             groups: of each kind, the group of each clip, named differently in each.
             pooled: (N, L, P).
-            training: for groups with too few clips.
+            training: for groups with under MIN_CLIPS clips.
         """
         self.of = {name: [training] for name in names}
         for kind in groups:
             found = gather([(kind, pooled)])
-            own = {name: usable(found[group], training) for name, group in zip(names, kind, strict=True)}
-            for name, statistics in own.items():
-                self.of[name].append(statistics)
+            for name, group in zip(names, kind, strict=True):
+                self.of[name].append(found[group] if found[group].count >= MIN_CLIPS else training)
 
     def draw(self, names: Sequence[str], rng: np.random.Generator) -> dict[str, Statistics]:
         """One of each clip's statistics."""
@@ -141,9 +141,19 @@ def is_possible(model: Retriever) -> bool:
     return model.kind == _KIND and model.speech_head.is_fitted
 
 
-def usable(own: Statistics, training: Statistics) -> Statistics:
-    """A group's own statistics, or those of the training where the group has under MIN_CLIPS clips."""
-    return own if own.count >= MIN_CLIPS else training
+def shrunk(own: Statistics, training: Statistics) -> Statistics:
+    """What a group's features are standardised by: the statistics of its own clips and of PRIOR of the training's.
+
+    So the fewer clips a group has, the more it stays by the training's, as of a dozen their own are mostly noise (MAP
+    adaptation with a relevance factor: Gauvain & Lee 1994). With under MIN_GROUP it does so altogether.
+    """
+    if own.count < MIN_GROUP:
+        return training
+    share = own.count / (own.count + PRIOR)
+    mean = share * own.mean + (1 - share) * training.mean
+    apart = share * (1 - share) * (own.mean - training.mean) ** 2
+    std = np.sqrt(share * own.std**2 + (1 - share) * training.std**2 + apart)
+    return Statistics(own.count, mean.astype(np.float32), std.astype(np.float32))
 
 
 def batch(model: Retriever, pooled: NDArray[np.floating], statistics: Statistics) -> dict:
@@ -181,11 +191,12 @@ def style_counts(model: Retriever, pooled: NDArray[np.floating], queries: NDArra
 def effective_styles(counts: NDArray[np.integer]) -> float:
     """How many styles some clips seem to have, by their `style_counts`: 1, all alike, to S, spread evenly.
 
-    The exponential of the entropy. Few (`FEW_STYLES`) are a warning: where there is but one style, it is what the
-    clips' own mean and deviation take out. They are no proof, since a strange room makes clips look alike too.
+    The exponential of the entropy, with Miller's (1955) correction for what few clips cannot show of it. Few
+    (`FEW_STYLES`) are a warning: where there is but one style, it is what the clips' own mean and deviation take out.
+    They are no proof, since a strange room makes clips look alike too.
     """
-    share = counts[counts > 0] / counts.sum()
-    return float(np.exp(-(share * np.log(share)).sum()))
+    n, seen = counts.sum(), counts[counts > 0]
+    return float(np.exp(-(seen / n * np.log(seen / n)).sum() + (len(seen) - 1) / (2 * n)))
 
 
 def adapted(model: Retriever, statistics: Statistics) -> StyleRetriever:

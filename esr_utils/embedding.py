@@ -231,8 +231,8 @@ def embed(
 
     Args:
         cache: where the frames of a frozen backbone are kept; None keeps nothing (and is what a tuned backbone gets).
-        groups: utterance_id -> the group by whose own statistics its features are standardised, if there are enough
-            (see `adaptation`); None takes those of the training for all.
+        groups: utterance_id -> the group by whose own statistics its features are standardised, if there are
+            `adaptation.MIN_CLIPS` in all; None takes those of the training for all.
 
     Raises:
         adaptation.AdaptationError: there are groups, and this retriever cannot adapt.
@@ -286,7 +286,8 @@ def _embed_adapted(
     vectors, logits = (one.new_zeros(len(group), one.shape[1]) for one in _nothing(model))
     for name, own in adaptation.gather([(group, pooled)]).items():
         rows = np.flatnonzero(group == name)
-        batch = adaptation.batch(model, pooled[rows], adaptation.usable(own, training))
+        by = adaptation.shrunk(own, training) if len(group) >= adaptation.MIN_CLIPS else training
+        batch = adaptation.batch(model, pooled[rows], by)
         vectors[rows], logits[rows] = _vectors_and_logits(model, batch)
     return features.cut_ids, (vectors, logits), features.skipped
 

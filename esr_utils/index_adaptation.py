@@ -67,7 +67,8 @@ class Adapted:
         files: of how many vectors were made anew.
         few_styles: of the groups whose statistics were taken, those that seem to hold few styles
             (`adaptation.effective_styles`), with their number. Their statistics would perhaps be these styles, and take
-            them out: they are left by the training's. "" is all moments.
+            them out: they are left by the training's. Groups of under MIN_CLIPS, which are left so too, are not named.
+            "" is all moments.
     """
 
     files: int = 0
@@ -159,14 +160,19 @@ def _write(index: IndexWriter, book: Book) -> None:
 
 
 def _held(index: IndexTable, entries: pd.DataFrame) -> str:
-    """A name of what an index holds, files and groups, and of its model, which does not change when vectors are made
-    anew."""
+    """A name of what an index holds, files and groups, of its model and of the rule, which does not change when vectors
+    are made anew."""
     files = sorted(zip(entries.index, entries["file_sha256"], entries["file_moments"].tolist(), strict=True))
     groups, of_version = Counter(), dict(zip(entries["version"], entries.index, strict=True))
     if columns := _group_column(index):
         for batch in index.batches(["version", *columns], Snapshot(index).alive()):
             groups.update(zip(map(of_version.get, batch["version"].to_pylist()), _groups(batch, index), strict=True))
-    told = [index.about["model"], files, sorted([file, group or "", n] for (file, group), n in groups.items())]
+    told = [
+        index.about["model"],
+        adaptation.PRIOR,
+        files,
+        sorted([file, group or "", n] for (file, group), n in groups.items()),
+    ]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
@@ -181,16 +187,19 @@ class _Statistics:
         self.styles: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(len(STYLES), np.int64))
 
     def taken(self, before: Book, held: str) -> tuple[Book, dict[str, float]]:
-        """What holds now: of before what has not moved, and none of groups with too few moments; and `few_styles`."""
-        found, few = {}, {}
-        for group, own in adaptation.gather(self._parts()).items():
-            if adaptation.usable(own, self.training) is not own:
+        """What holds now: of before what has not moved, and none of an index with too few moments; and `few_styles`."""
+        found, few, groups = {}, {}, adaptation.gather(self._parts())
+        if _WHOLE not in groups or groups[_WHOLE].count < adaptation.MIN_CLIPS:
+            return Book(held, {}), {}
+        for group, own in groups.items():
+            if (by := adaptation.shrunk(own, self.training)) is self.training:
                 continue
             if (styles := adaptation.effective_styles(self.styles[group])) < adaptation.FEW_STYLES:
-                found[group], few[group] = ("", None), styles
+                found[group] = ("", None)
+                few |= {group: styles} if own.count >= adaptation.MIN_CLIPS else {}
                 continue
             name, known = before.groups.get(group, ("", None))
-            found[group] = (name, known) if known and not self._moved(known, own) else (secrets.token_hex(8), own)
+            found[group] = (name, known) if known and not self._moved(known, by) else (secrets.token_hex(8), by)
         return Book(held, found), few
 
     def _moved(self, before: Statistics, now: Statistics) -> bool:

@@ -70,11 +70,26 @@ def test_groups_have_their_own_statistics_in_whatever_batches_they_come():
             np.testing.assert_allclose(found.std, exact.std(0), rtol=1e-5)
 
 
-def test_under_fifty_clips_the_training_statistics_are_used():
+def test_a_groups_statistics_are_those_of_its_clips_and_of_some_of_the_training():
+    """Against as many clips put together: 30 of a group, and 10 that have the training's mean and deviation."""
+    rng = np.random.default_rng(0)
+    own, training = (rng.normal(at, 2.0, size=(n, 1, 3)) for at, n in ((5.0, 30), (0.0, adaptation.PRIOR)))
+    together = adaptation.gather([(["all"] * 40, np.concatenate([own, training]))])["all"]
+    of_each = [adaptation.gather([(["one"] * len(rows), rows)])["one"] for rows in (own, training)]
+    found = adaptation.shrunk(*of_each)
+    assert found.count == 30
+    np.testing.assert_allclose(found.mean, together.mean, rtol=1e-5)
+    np.testing.assert_allclose(found.std, together.std, rtol=1e-5)
+
+
+def test_the_more_clips_the_nearer_to_their_own_statistics_and_under_ten_the_trainings_stay():
     training = Statistics(0, np.zeros((1, 1), np.float32), np.ones((1, 1), np.float32))
-    few, enough = (Statistics(n, training.mean + 5, training.std * 2) for n in (49, 50))
-    assert adaptation.usable(few, training) is training
-    assert adaptation.usable(enough, training) is enough
+    few, ten, many = (Statistics(n, training.mean + 5, training.std * 2) for n in (9, 10, 10**6))
+    assert adaptation.shrunk(few, training) is training
+    assert adaptation.shrunk(ten, training).mean == pytest.approx(2.5)
+    assert adaptation.shrunk(ten, training).std == pytest.approx(np.sqrt(0.5 * 4 + 0.5 * 1 + 0.25 * 25))
+    assert adaptation.shrunk(many, training).mean == pytest.approx(5.0, abs=1e-3)
+    assert adaptation.shrunk(many, training).std == pytest.approx(2.0, abs=1e-3)
 
 
 def test_by_the_training_statistics_vectors_are_the_retrievers_own(fitted):
@@ -126,7 +141,8 @@ def test_clips_are_embedded_by_the_statistics_of_their_group(fitted, manifest, t
     """Against a copy of the head refitted to each group in turn; the small group keeps the training's."""
     rows = manifest.sort_values("utterance_id").reset_index(drop=True)
     cuts, groups = to_cuts(rows), np.where(np.arange(len(rows)) % 3 == 0, "few", "many")
-    monkeypatch.setattr(adaptation, "MIN_CLIPS", int((groups == "many").sum()))
+    for name, value in {"MIN_CLIPS": len(rows), "MIN_GROUP": (groups == "many").sum(), "PRIOR": 0}.items():
+        monkeypatch.setattr(adaptation, name, value)
     of_clip = dict(zip(rows["utterance_id"], groups, strict=True))
     found = embed(fitted, cuts, "normalised", tmp_path, of_clip)
     plain = embed(fitted, cuts, "normalised", tmp_path)
@@ -140,6 +156,9 @@ def test_clips_are_embedded_by_the_statistics_of_their_group(fitted, manifest, t
     np.testing.assert_allclose(found.vectors[many], again.vectors[many], atol=1e-4)
     np.testing.assert_allclose(found.logits[many], again.logits[many], atol=1e-4)
     assert np.abs(found.vectors[many] - plain.vectors[many]).max() > 0.01  # else nothing was tested
+    monkeypatch.setattr(adaptation, "MIN_CLIPS", len(rows) + 1)
+    too_few = embed(fitted, cuts, "normalised", tmp_path, of_clip)
+    np.testing.assert_allclose(too_few.vectors, again.vectors, atol=1e-5)
 
 
 def test_an_evaluation_adapts_by_a_column_within_each_corpus(fitted, manifest, tmp_path, monkeypatch):
@@ -158,10 +177,18 @@ def test_an_evaluation_adapts_by_a_column_within_each_corpus(fitted, manifest, t
 
 
 def test_how_many_styles_clips_seem_to_have():
-    assert adaptation.effective_styles(np.array([1, 1, 1, 1])) == pytest.approx(4)
+    # Of many clips the correction, (styles seen - 1) / 2n, is nothing.
+    assert adaptation.effective_styles(np.array([1, 1, 1, 1]) * 10**6) == pytest.approx(4)
     assert adaptation.effective_styles(np.array([0, 0, 3, 0])) == pytest.approx(1)
     # half of one style, a quarter each of two: 2^(1/2) * 4^(1/4) * 4^(1/4) = 2^1.5
-    assert adaptation.effective_styles(np.array([2, 1, 1, 0])) == pytest.approx(2**1.5)
+    assert adaptation.effective_styles(np.array([2, 1, 1, 0]) * 10**6) == pytest.approx(2**1.5)
+    assert adaptation.effective_styles(np.array([2, 1, 1, 0])) == pytest.approx(2**1.5 * np.exp(2 / 8))
+
+
+def test_of_few_clips_as_many_styles_are_seen_as_of_many():
+    rng, share = np.random.default_rng(0), np.full(8, 1 / 8)
+    of_few = [adaptation.effective_styles(rng.multinomial(20, share)) for _ in range(500)]
+    assert np.mean(of_few) == pytest.approx(8, rel=0.08)  # 6.6 without the correction
 
 
 def test_styles_are_counted_by_the_statistics_of_the_training(fitted):

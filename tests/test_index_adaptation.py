@@ -71,11 +71,12 @@ def vectors(index) -> pd.DataFrame:
 
 
 def check(index, model, statistics: dict[str, Statistics], **files) -> None:
-    """Every file's vectors are those that these statistics make of its features."""
-    there = vectors(index)
+    """Every file's vectors are those that these statistics, with the prior, make of its features."""
+    there, training = vectors(index), adaptation.of_training(model)
     assert sorted(there.index.unique()) == sorted(files)
     for name, values in files.items():
-        expected = adaptation.vectors(model, features(N, *values[:2]), statistics[name])
+        by = adaptation.shrunk(statistics[name], training)
+        expected = adaptation.vectors(model, features(N, *values[:2]), by)
         found = np.stack(there.loc[name, "vector"]).astype(np.float32)
         assert len(found) == N  # none lost, none doubled
         np.testing.assert_allclose(found, expected, atol=1e-3)
@@ -98,12 +99,15 @@ def test_all_vectors_are_by_the_statistics_of_the_whole(model, tmp_path):
 
 def test_by_speaker_and_by_the_trainings_where_nobody_is_named_or_too_little_was_said(model, tmp_path):
     index = Index.create(tmp_path / "index", model, adapt="speaker")
-    files = FILES | {"f": (6, 1.0, "carl")}  # 30 moments: under 50
+    files = FILES | {"f": (6, 1.0, "carl")}  # alone, 30 moments would be too small an index
     fill(index, model, **files)
     anna, ben, training = of(FILES["a"], FILES["b"]), of(FILES["c"], FILES["d"]), adaptation.of_training(model)
-    check(index, model, {"a": anna, "b": anna, "c": ben, "d": ben, "e": training, "f": training}, **files)
+    by = {"a": anna, "b": anna, "c": ben, "d": ben, "e": training, "f": of(files["f"])}
+    check(index, model, by, **files)
     whole = index_adaptation.statistics(index, model)  # for examples from elsewhere
-    np.testing.assert_allclose(whole.mean, of(*files.values()).mean, atol=1e-3)
+    np.testing.assert_allclose(whole.mean, adaptation.shrunk(of(*files.values()), training).mean, atol=1e-3)
+    fill(index, model, g=(7, 1.0, "dora", 9), h=(8, 1.0, "emil", 10))
+    assert set(vectors(index).loc["g", "adapted"]) == {""} and "" not in set(vectors(index).loc["h", "adapted"])
 
 
 def test_a_small_index_has_the_trainings(model, tmp_path):
@@ -214,7 +218,7 @@ def test_groups_that_seem_to_hold_one_style_are_told_and_left_by_the_trainings(m
     assert set(found.few_styles) == {"", "anna", "ben", "carl"} and set(vectors(index)["adapted"]) == {""}
     assert index_adaptation.statistics(index, model) is None
     monkeypatch.setattr(adaptation, "MIN_CLIPS", 61)
-    assert set(index_adaptation.adapt(index, model).few_styles) == {""}
+    assert set(index_adaptation.adapt(index, model).few_styles) == {""}  # of so few moments a group is not spoken of
 
 
 def test_an_index_that_does_not_adapt_keeps_no_features(model, tmp_path):
@@ -251,6 +255,7 @@ def folder(speech, tmp_path):
 def few(monkeypatch):
     """Three moments are enough."""
     monkeypatch.setattr(adaptation, "MIN_CLIPS", 3)
+    monkeypatch.setattr(adaptation, "MIN_GROUP", 3)
 
 
 def test_recordings_adapt_and_an_example_is_heard_as_they_are(model, folder, tmp_path, few):
@@ -260,7 +265,8 @@ def test_recordings_adapt_and_an_example_is_heard_as_they_are(model, folder, tmp
     assert report.adapted == 2
     there = vectors(index)
     pooled = np.stack(there["pooled"]).reshape(-1, *model.speech_head.mean.shape)
-    expected = adaptation.vectors(model, pooled, adaptation.gather([([""] * len(pooled), pooled)])[""])
+    own, training = adaptation.gather([([""] * len(pooled), pooled)])[""], adaptation.of_training(model)
+    expected = adaptation.vectors(model, pooled, adaptation.shrunk(own, training))
     np.testing.assert_allclose(np.stack(there["vector"]).astype(np.float32), expected, atol=2e-3)
     hits = index.search("an angry voice", k=1)
     example = tmp_path / "example.wav"

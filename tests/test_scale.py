@@ -151,6 +151,7 @@ def test_an_interrupted_driver_goes_on(folder, index, alone, tiny_run, monkeypat
 
 def test_an_index_that_adapts_does_so_by_what_the_workers_have_heard(folder, tmp_path, tiny_model, monkeypatch):
     monkeypatch.setattr(adaptation, "MIN_CLIPS", 2)
+    monkeypatch.setattr(adaptation, "MIN_GROUP", 2)
     monkeypatch.setattr(adaptation, "FEW_STYLES", 0.0)  # what a retriever that is not trained takes for styles
     (folder / "labels.csv").write_text("path,speaker\n" + "".join(f"{i}.wav,{'ab'[i % 2]}\n" for i in range(8)))
     tiny_model.speech_head.fit(torch.randn(100, *tiny_model.speech_head.mean.shape) + 0.1)
