@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:  # its backbones' libraries take seconds to import
     from esr_utils.retriever import Retriever, StyleRetriever
 
-FEW_STYLES = 5.0  # fewer `effective_styles` of 22: perhaps too few to adapt
+FEW_STYLES = 4.0  # fewer `effective_styles` of 22: perhaps too few to adapt (`benchmarks/adaptation.py`)
 _KIND = "style"  # of StyleRetriever, which alone has pooled features
 MIN_CLIPS = 50  # with fewer in all, the statistics of the training are used
 MIN_GROUP = 10  # with fewer in a group, for that group: an index would keep nearly as many statistics as clips
