@@ -144,8 +144,8 @@ def is_possible(model: Retriever) -> bool:
 def shrunk(own: Statistics, training: Statistics) -> Statistics:
     """What a group's features are standardised by: the statistics of its own clips and of PRIOR of the training's.
 
-    So the fewer clips a group has, the more it stays by the training's, as of a dozen their own are mostly noise (MAP
-    adaptation with a relevance factor: Gauvain & Lee 1994). With under MIN_GROUP it does so altogether.
+    So the fewer clips a group has, the more it stays by the training's, since few clips' own are noisy (MAP adaptation
+    with a relevance factor: Gauvain & Lee 1994). With under MIN_GROUP it does so altogether.
     """
     if own.count < MIN_GROUP:
         return training
