@@ -10,6 +10,7 @@ Prints Markdown, and keeps runs in runs/adaptation/. Interrupted, it goes on whe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import pandas as pd
 
 from esr_utils import adaptation, embedding, evaluation, intervals, manifests, runs, scoring, tables, training, trials
 from esr_utils.adaptation import Statistics
-from esr_utils.config import ModelConfig, TrainConfig
+from esr_utils.config import Level, ModelConfig, TrainConfig
 from esr_utils.retriever import StyleRetriever
 from esr_utils.styles import STYLES
 
@@ -89,13 +90,21 @@ def left_out(corpus: str, seed: int, folder: Path, model_config: ModelConfig, co
     """A retriever of a recipe, trained on the others, or that which is in the folder already."""
     others = manifests.load_corpora([*(name for name in CORPORA if name != corpus), "demo"])
     model = training.fit(others, folder / f"without-{corpus}-{seed}", model_config, config.but(seed=seed))
-    clips = manifests.load_corpora(corpus)
     known = set(others.loc[others["corpus"] != "demo", "style"])  # the demo's styles are by rule
-    clips = clips[(clips["split"] != "test") & clips["style"].isin(known)].sort_values("utterance_id")
-    clips = clips.assign(split="left out")
-    features = embedding.frozen_features(model, manifests.to_cuts(clips), config.level)
+    clips, pooled = heard(corpus, model_config.speech_backbone, config.level)
+    rows = np.flatnonzero(clips["style"].isin(known))
+    return LeftOut(model, clips.iloc[rows].reset_index(drop=True), pooled[rows])
+
+
+@cache
+def heard(corpus: str, speech_backbone: str, level: Level) -> tuple[pd.DataFrame, np.ndarray]:
+    """A corpus's clips but those of its test split, and their pooled features (N, L, P) fp16."""
+    clips = manifests.load_corpora(corpus)
+    clips = clips[clips["split"] != "test"].sort_values("utterance_id").assign(split="left out")
+    backbone = StyleRetriever.build(ModelConfig.released().but(speech_backbone=speech_backbone))
+    features = embedding.frozen_features(backbone, manifests.to_cuts(clips), level)
     clips = clips.set_index("utterance_id", drop=False).loc[features.cut_ids].reset_index(drop=True)
-    return LeftOut(model, clips, features.pooled.half().numpy())
+    return clips, features.pooled.half().numpy()
 
 
 def measured(found: list[LeftOut], way: str) -> tuple[dict[str, float], dict[str, np.ndarray]]:
