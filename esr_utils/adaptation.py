@@ -28,6 +28,7 @@ FEW_STYLES = 4.0  # fewer `effective_styles` of 22: perhaps too few to adapt (`b
 _KIND = "style"  # of StyleRetriever, which alone has pooled features
 MIN_CLIPS = 50  # with fewer in all, the statistics of the training are used
 MIN_GROUP = 10  # with fewer in a group, for that group: an index would keep nearly as many statistics as clips
+AT_ONCE = 256  # clips whose pooled features are in full precision at a time: 7 MB with Whisper base
 PRIOR = 10  # clips of the training, as many as whose statistics stand beside a group's own
 
 
@@ -174,7 +175,10 @@ def vectors(model: Retriever, pooled: NDArray[np.floating], statistics: Statisti
     Raises:
         AdaptationError: as `of_training`.
     """
-    return model.encode_speech(batch(model, pooled, statistics)).cpu().numpy()
+    starts = range(0, max(1, len(pooled)), AT_ONCE)
+    return np.concatenate(
+        [model.encode_speech(batch(model, pooled[i : i + AT_ONCE], statistics)).cpu().numpy() for i in starts]
+    )
 
 
 def style_counts(model: Retriever, pooled: NDArray[np.floating], queries: NDArray[np.floating]) -> NDArray[np.int64]:

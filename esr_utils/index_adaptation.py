@@ -39,7 +39,8 @@ TABLE = "statistics"
 OFF, ALL = "off", "all"  # of `adapt`, which else is a column
 MOVED = 0.05  # of the training's deviations, on average: less is no reason to make vectors anew
 _WHOLE = ""  # the group of all moments; examples from elsewhere are heard by its statistics too
-_VERSIONS = 200  # files whose vectors are made anew together
+_ROUNDS = 3  # as many times is looked whether another process has adapted the index meanwhile
+_TOGETHER = 2048  # moments of several files whose vectors are made anew together: 29 MB with Whisper base
 
 
 @dataclass(frozen=True)
@@ -96,17 +97,19 @@ def adapt(index: IndexWriter, model: StyleRetriever) -> Adapted:
     """
     if index.about["adapt"] == OFF:
         return Adapted()
-    index.reload()
-    entries, _, _ = index.entries()
-    told, held, few = read(index, model), _held(index, entries), {}
-    if told.held != held:
-        now = _Statistics(index, model)
-        told, few = now.taken(told, held)
-        _write(index, told)
-    stale = _stale(index, told)
-    if stale:
+    files, few = 0, {}
+    for _ in range(_ROUNDS):
+        index.reload()
+        entries, _, _ = index.entries()
+        told, held = read(index, model), _held(index, entries)
+        if told.held != held:
+            told, few = _Statistics(index, model).taken(told, held)
+            _write(index, told)
+        if not (stale := _stale(index, told)):
+            break
         index.add(_remade(index, model, told, entries, stale))
-    return Adapted(len(stale), few)
+        files += len(stale)
+    return Adapted(files, few)
 
 
 def statistics(index: IndexTable, model: StyleRetriever) -> Statistics | None:
@@ -154,7 +157,7 @@ def _write(index: IndexWriter, book: Book) -> None:
          "mean": (own or nothing).mean.ravel(), "std": (own or nothing).std.ravel()}
         for group, (name, own) in groups.items()
     ]  # fmt: skip
-    table = database.create_table(TABLE, schema=schema, exist_ok=True)
+    table = index.commit(lambda: database.create_table(TABLE, schema=schema, exist_ok=True))
     index.commit(lambda: table.add(pa.Table.from_pylist(rows, schema=schema)))
     index.commit(lambda: table.delete(col("written") < lit(now)))
 
@@ -163,16 +166,12 @@ def _held(index: IndexTable, entries: pd.DataFrame) -> str:
     """A name of what an index holds, files and groups, of its model and of the rule, which does not change when vectors
     are made anew."""
     files = sorted(zip(entries.index, entries["file_sha256"], entries["file_moments"].tolist(), strict=True))
-    groups, of_version = Counter(), dict(zip(entries["version"], entries.index, strict=True))
+    grouped = 0  # the sum of a number for each moment and its group, in whatever order they come
     if columns := _group_column(index):
-        for batch in index.batches(["version", *columns], Snapshot(index).alive()):
-            groups.update(zip(map(of_version.get, batch["version"].to_pylist()), _groups(batch, index), strict=True))
-    told = [
-        index.about["model"],
-        adaptation.PRIOR,
-        files,
-        sorted([file, group or "", n] for (file, group), n in groups.items()),
-    ]
+        for batch in index.batches(["id", *columns], Snapshot(index).alive()):
+            for one in zip(batch["id"].to_pylist(), _groups(batch, index), strict=True):
+                grouped += int.from_bytes(hashlib.blake2b(json.dumps(one).encode(), digest_size=16).digest())
+    told = [index.about["model"], adaptation.PRIOR, files, grouped]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
@@ -184,6 +183,7 @@ class _Statistics:
 
         self.index, self.model, self.training = index, model, adaptation.of_training(model)
         self.queries = style_queries(model, list(STYLES), "seen")
+        model.text.release()  # the only sentences that adapting needs are read
         self.styles: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(len(STYLES), np.int64))
 
     def taken(self, before: Book, held: str) -> tuple[Book, dict[str, float]]:
@@ -216,7 +216,9 @@ class _Statistics:
             for group in {_WHOLE, *groups} - {None}:
                 rows = pooled if group == _WHOLE else pooled[groups == group]
                 self.styles[group] += adaptation.style_counts(self.model, rows, self.queries)
-                yield [group] * len(rows), rows
+                for start in range(0, len(rows), adaptation.AT_ONCE):
+                    some = rows[start : start + adaptation.AT_ONCE]
+                    yield [group] * len(some), some
 
 
 def _group_column(index: IndexTable) -> list[str]:
@@ -250,13 +252,15 @@ def _remade(
 
     known = entries.reset_index().set_index("version")
     names = ["version", "pooled", *index.columns()]
-    for start in range(0, len(versions), _VERSIONS):
-        some = versions[start : start + _VERSIONS]
-        of_some: Expr = (col("written") == lit(0)) & col("version").isin([lit(version) for version in some])
+    before = known.loc[versions, "file_moments"].cumsum().shift(fill_value=0)  # moments of the files before each
+    for some in before.groupby(before // _TOGETHER).groups.values():
+        of_some: Expr = (col("written") == lit(0)) & col("version").isin([lit(int(version)) for version in some])
         rows = pa.Table.from_batches(list(index.batches(names, of_some)))
-        places = pd.Series(rows["version"].to_pylist()).groupby(rows["version"].to_pylist()).indices
-        for version, place in places.items():
-            yield _one(index, model, book, known.loc[version], rows.take(pa.array(place)))
+        rows = rows.sort_by("version") if len(some) > 1 else rows.combine_chunks()
+        n, start = Counter(rows["version"].to_pylist()), 0
+        for version in sorted(n):
+            yield _one(index, model, book, known.loc[version], rows.slice(start, n[version]))
+            start += n[version]
 
 
 def _one(index: IndexTable, model: StyleRetriever, book: Book, about: Mapping[str, Any], rows: pa.Table) -> Embedded:
@@ -265,9 +269,10 @@ def _one(index: IndexTable, model: StyleRetriever, book: Book, about: Mapping[st
     groups = np.array(_groups(rows, index), dtype=object)
     vectors, made_by = np.zeros((len(groups), index.about["dim"]), np.float32), groups.copy()
     for group in set(groups):
-        made_by[groups == group], own = book.of(group)
-        own = own or adaptation.of_training(model)
-        vectors[groups == group] = adaptation.vectors(model, features[groups == group], own)
+        here = groups == group
+        made_by[here], own = book.of(group)
+        some = features if here.all() else features[here]  # a long file's are not copied
+        vectors[here] = adaptation.vectors(model, some, own or adaptation.of_training(model))
     size, mtime_ns = int(about["file_size"]), int(about["file_mtime_ns"])
     file = File(about["file"], Path(about["file"]), size, mtime_ns, about["file_sha256"])
     moments = rows.drop_columns(["file", "version", "pooled", "_rowid"]).to_pandas()

@@ -218,7 +218,7 @@ def _matrix(one: Embedded, name: str, values: NDArray | None, width: int, unit: 
         raise IndexUnusable(f"{one.file.key}: {name} holds numbers that are not finite")
     if unit and len(values) and abs(np.linalg.norm(values.astype(np.float32), axis=1) - 1).max() > 0.01:
         raise IndexUnusable(f"{one.file.key}: vectors are not of unit length")
-    return pa.FixedSizeListArray.from_arrays(pa.array(values.astype(np.float16).ravel()), width)
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.astype(np.float16, copy=False).ravel()), width)
 
 
 def entry(file: File, about: dict[str, Any], written: int) -> dict[str, Any]:

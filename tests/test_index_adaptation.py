@@ -178,7 +178,7 @@ def test_what_has_not_moved_is_left_alone(model, tmp_path, monkeypatch):
 
 def test_interrupted_it_is_completed_and_nothing_is_lost(model, tmp_path, monkeypatch):
     index = Index.create(tmp_path / "index", model, adapt="all")
-    monkeypatch.setattr(index_adaptation, "_VERSIONS", 1)
+    monkeypatch.setattr(index_adaptation, "_TOGETHER", 1)
     monkeypatch.setattr("esr_utils.index_writing._COMMIT_ROWS", 1)
     made, made_again = index_adaptation._one, []
 
@@ -225,6 +225,48 @@ def test_an_index_that_does_not_adapt_keeps_no_features(model, tmp_path):
     index = Index.create(tmp_path / "index", model)
     assert index.about["adapt"] == "off" and "pooled" not in index.table.schema.names
     assert index_adaptation.adapt(index, model).files == 0
+
+
+def test_voices_that_change_places_within_a_file_change_their_statistics(model, tmp_path):
+    index = Index.create(tmp_path / "index", model, adapt="speaker")
+    anna, ben = embedded(model, "call", 1, 3.0, "anna"), embedded(model, "other", 2, -3.0, "ben")
+    call = replace(
+        anna,
+        moments=pd.concat([anna.moments, ben.moments.assign(start_s=ben.moments["start_s"] + 1000)], ignore_index=True),
+        vectors=np.concatenate([anna.vectors, ben.vectors]),
+        pooled=np.concatenate([anna.pooled, ben.pooled]),
+    )
+    index.add([call])
+    index_adaptation.adapt(index, model)
+    first = vectors(index)["vector"].to_numpy()
+    swapped = call.moments.assign(speaker=call.moments["speaker"].map({"anna": "ben", "ben": "anna"}))
+    index.add([replace(call, moments=swapped)])
+    assert index_adaptation.is_due(index) and index_adaptation.adapt(index, model).files == 1
+    np.testing.assert_allclose(np.stack(vectors(index)["vector"]), np.stack(first), atol=1e-3)  # the same two groups
+    assert not index_adaptation.is_due(index)
+
+
+def test_two_processes_that_adapt_at_once_end_with_the_same_statistics(model, tmp_path, monkeypatch):
+    """Another process adds files and adapts wholly while this one makes vectors anew."""
+    index = Index.create(tmp_path / "index", model, adapt="all")
+    index.add([embedded(model, key, *about) for key, about in FILES.items()])
+    made, more = index_adaptation._one, {"f": (6, 5.0), "g": (7, 5.0), "h": (8, 5.0)}
+
+    def beaten(*arguments):
+        monkeypatch.setattr(index_adaptation, "_one", made)
+        fill(Index.open(index.uri, model), model, **more)
+        return made(*arguments)
+
+    monkeypatch.setattr(index_adaptation, "_one", beaten)
+    index_adaptation.adapt(index, model)
+    assert not index_adaptation.is_due(index) and vectors(index)["adapted"].nunique() == 1
+    everyone = FILES | more
+    check(index, model, dict.fromkeys(everyone, of(*everyone.values())), **everyone)
+
+
+def test_long_files_are_adapted_piece_by_piece_to_the_same_vectors(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(adaptation, "AT_ONCE", 7)
+    test_all_vectors_are_by_the_statistics_of_the_whole(model, tmp_path)
 
 
 def test_how_it_adapts_is_fixed(model, tmp_path):
