@@ -343,8 +343,11 @@ def model_id(model: Retriever) -> str:
     """A name for a retriever that another one with the same settings but other weights does not have."""
     from esr_utils import weights
 
-    config = model.config
+    config, released = model.config, model.text.model is None
+    model.text.load()  # the same name whether they are there or not
     digest = weights.fingerprint(model)[:16]
+    if released:
+        model.text.release()
     return f"{model.kind} {config.speech_backbone}+{config.text_backbone} {config.dim}-d {digest}"
 
 

@@ -167,9 +167,9 @@ class IndexTable:
         counts = {one["values"]: one["counts"] for one in moments.value_counts().to_pylist()}
         entries = entries.sort_values(["written", "version"], kind="stable")
         self._latest = max([self._latest, *entries["written"].tail(1)])
-        newest = entries.drop_duplicates("file", keep="last")
-        whole = newest["version"].map(counts).fillna(0) == newest["file_moments"]
-        newest = newest[whole]
+        # One that names a version which another process has deleted since does not count, but the one before it.
+        whole = entries["version"].map(counts).fillna(0) == entries["file_moments"]
+        newest = entries[whole].drop_duplicates("file", keep="last")
         dead = (set(counts) | set(entries["version"])) - set(newest["version"])
         stale = entries[~entries["id"].isin(newest["id"]) & ~entries["version"].isin(dead)]
         return newest.set_index("file"), sorted(dead), list(stale["id"])
@@ -211,8 +211,8 @@ def places(found: pa.Table, row_ids: NDArray[np.uint64]) -> pa.Array:
 
 def matrix(vectors: pa.FixedSizeListArray | pa.ChunkedArray, dim: int) -> NDArray[np.float16]:
     """A column of vectors as (n, dim)."""
-    if isinstance(vectors, pa.ChunkedArray):
-        vectors = vectors.combine_chunks()
+    if isinstance(vectors, pa.ChunkedArray):  # one chunk is not copied
+        vectors = vectors.chunk(0) if vectors.num_chunks == 1 else vectors.combine_chunks()
     return vectors.flatten().to_numpy(zero_copy_only=False).reshape(-1, dim)
 
 

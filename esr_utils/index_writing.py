@@ -141,8 +141,12 @@ class IndexWriter(IndexTable):
 
     def touch(self, files: Sequence[File]) -> None:
         """Notes a new size and time of files whose content is what it was; their moments stay."""
-        known, _, _ = self.entries() if files else (pd.DataFrame(), [], [])
-        rows = [entry(one, known.loc[one.key].to_dict(), self.now()) for one in files if one.key in known.index]
+        if not files:
+            return
+        self.reload()  # another process may have replaced them since they were looked at
+        known, _, _ = self.entries()
+        same = [one for one in files if one.key in known.index and known.at[one.key, "file_sha256"] == one.sha256]
+        rows = [entry(one, known.loc[one.key].to_dict(), self.now()) for one in same]
         if rows:
             self.commit(lambda: self.table.add(pa.Table.from_pylist(rows, schema=self.table.schema)))
 
@@ -151,8 +155,9 @@ class IndexWriter(IndexTable):
         if not (keys := list(dict.fromkeys(keys))):
             return 0
         self.reload()
-        entries, _, _ = self.entries()
+        entries, dead, _ = self.entries()
         there = [key for key in keys if key in entries.index]
+        self._delete("version", dead)  # before what counts: without that, an older one would count again
         self._delete("version", [int(version) for version in entries.loc[there, "version"]])
         return len(there)
 

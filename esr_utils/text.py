@@ -104,6 +104,11 @@ class TextBackbone(nn.Module):
             self._sha256 = weights.fingerprint(self)
         return self._sha256
 
+    def load(self) -> None:
+        """Takes the weights up again, if they were let go."""
+        if self.model is None:
+            self.model = self._load().eval().requires_grad_(False).to(self._place)
+
     def release(self) -> None:
         """Lets the weights go (RoBERTa base: 0.5 GB) and keeps the vectors made; a new text loads them again."""
         _ = self.sha256
@@ -117,8 +122,7 @@ class TextBackbone(nn.Module):
         """
         options = {"padding": True, "truncation": True, "max_length": self.max_tokens, "return_tensors": "pt"}
         encoded = self.tokenizer(texts, **options).to(self._place)
-        if self.model is None:
-            self.model = self._load().eval().requires_grad_(False).to(self._place)
+        self.load()
         with torch.autocast(self._place.type, enabled=False):
             hidden = self.model(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"])
         return hidden.last_hidden_state, encoded["attention_mask"].bool()

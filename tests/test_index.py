@@ -259,6 +259,9 @@ def test_dead_rows_are_not_found(own, rows):
 
 def test_an_index_made_by_another_retriever_is_refused_with_both_names(own, tiny_model):
     Index.open(own.uri, tiny_model)
+    tiny_model.text.release()
+    Index.open(own.uri, tiny_model)  # the same, though its text side was let go
+    assert tiny_model.text.model is None
     with torch.no_grad():
         tiny_model.text_head.weight[0, 0] += 1
     with pytest.raises(IndexUnusable) as error:

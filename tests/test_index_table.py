@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,16 @@ import pytest
 
 from esr_utils import index_table, index_writing, runs
 from esr_utils.audio_folder import file_key, find_audio, path_of
-from esr_utils.index_rows import Changes, Embedded, File, IndexUnusable, IndexWriteError, moment_id
+from esr_utils.index_rows import (
+    UNFINISHED,
+    Changes,
+    Embedded,
+    File,
+    IndexUnusable,
+    IndexWriteError,
+    entry,
+    moment_id,
+)
 from esr_utils.index_writing import IndexWriter
 
 DIM = 8
@@ -382,6 +392,41 @@ try:
 except IndexWriteError as error:
     print(error)
 """
+
+
+def test_a_file_that_is_gone_does_not_come_back_as_it_was_before(table, folder):
+    """Killed after a commit and before what it replaced was swept."""
+    (key, path), *_ = found(folder)
+    table.append([Embedded(File.read(key, path), pd.DataFrame({"start_s": [0.0]}), unit(1), problem=UNFINISHED)])
+    table.append([Embedded(File.read(key, path), pd.DataFrame({"start_s": [0.0, 1.0]}), unit(2), problem=UNFINISHED)])
+    path.unlink()
+    assert table.refresh("audio", [], of_files).gone == [key]
+    assert key not in table.files().index and moments(table) == {}
+
+
+def test_a_file_touched_while_another_process_relabels_it_is_not_lost(table, folder):
+    table.refresh("audio", found(folder), of_files)
+    for _, path in found(folder):
+        os.utime(path, (1, 1))
+    changes = table.changes("audio", found(folder))
+    before = moments(table)
+    other = IndexWriter.open_named(table.uri)
+    other.add([replace(one, moments=one.moments.assign(speaker="anna")) for one in of_files(changes.touched)])
+    table.apply(changes, of_files)
+    assert moments(table) == before
+    assert set(table.table.to_pandas().query("written == 0")["speaker"]) == {"anna"}
+
+
+def test_an_entry_that_names_what_is_no_longer_there_does_not_hide_the_one_before(table):
+    table.add([made("a", 2)])
+    known, _, _ = table.entries()
+    file = File("a", Path("a"), 1, 1, "")
+    about = known.loc["a"].to_dict() | {"version": 7}  # as a writer would that had looked before `a` was replaced
+    row = pa.Table.from_pylist([entry(file, about, table.now())], schema=table.table.schema)
+    table.commit(lambda: table.table.add(row))
+    assert table.files()["moments"].to_dict() == {"a": 2}
+    table.sweep()
+    assert moments(table) == {"a": 2}
 
 
 def test_a_write_that_fails_says_so_and_leaves_the_index_as_it_was(table):
