@@ -3,7 +3,12 @@
 It lies in the folder that is indexed (UTF-8), with a column `path`, relative to the folder. Any other column becomes
 one of the moments of that file, to filter and show. Several rows may tell of one file: a row with start_s or end_s
 (seconds) is about the moments whose middle lies in between, one with a channel (from 0) about those of that channel;
-the first that fits counts. A column whose values are all numbers is one of numbers.
+the first that fits counts. Where rows of a file name several channels, they say nothing of moments of all channels
+together. A column whose values are all numbers, of up to 15 digits, is one of numbers.
+
+What it no longer says of a file below the folder is no longer so, unless a labels.csv that is nearer to the file, and
+was not read, may say it. A labels.csv that is gone says nothing: labels stay until one, perhaps of the header alone, is
+there.
 
 A folder without one that is a corpus, with a manifest.csv (see `manifest_schema`), has corpus, speaker, gender,
 language and style from there.
@@ -21,7 +26,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from esr_utils.audio_folder import absolute_key
+from esr_utils.audio_folder import absolute_key, absolute_path
 from esr_utils.index import Index
 from esr_utils.index_rows import RESERVED, Embedded, File
 from esr_utils.index_snapshot import Snapshot
@@ -32,7 +37,8 @@ from esr_utils.text_tables import read_table
 NAME, MANIFEST = "labels.csv", "manifest.csv"
 _OF_MANIFEST = ("corpus", "speaker", "gender", "language", "style")
 _PLACE = ("path", "start_s", "end_s", "channel", "duration_s")  # what a row is about, and no column of its own
-_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?")
+_NUMBER = re.compile(r"-?(?=(\d\.?){1,15}$)(0|[1-9]\d*)(\.\d+)?")  # of up to 15 digits: more, and two would be one
+_NO_LABEL = ("id", "file", "start_s", "end_s", "channel")  # columns of moments that no labels.csv fills
 
 
 class LabelsError(ValueError):
@@ -55,9 +61,11 @@ class Labels:
 
     Attributes:
         rows: by the key of the file, in their order.
+        folders: keys of those whose labels were read.
     """
 
     rows: dict[str, list[Row]] = field(default_factory=dict)
+    folders: set[str] = field(default_factory=set)
 
     def read(self, folder: Path) -> None:
         """Adds what the labels.csv of a folder says, or its manifest, if it has one.
@@ -65,11 +73,9 @@ class Labels:
         Raises:
             LabelsError: it is no CSV, has no column `path`, one that an index cannot take, or a time that is no number.
         """
-        file = folder / NAME
-        if not file.is_file():
-            file = folder / MANIFEST
-            if not _is_manifest(file):
-                return
+        if (file := _file(folder)) is None:
+            return
+        self.folders.add(absolute_key(folder))
         try:
             table = read_table(file)
         except ManifestError as error:
@@ -111,14 +117,15 @@ class Labels:
             for row in rows:
                 for name, text in row.values.items():
                     texts.setdefault(name, []).extend([text] if text else [])
-        there, kinds = {name: str(kind) for name, kind in index.columns().items()}, {}
+        there = {name: str(kind) for name, kind in index.columns().items() if name not in _NO_LABEL}
+        kinds = dict.fromkeys(there, "str")  # what only the index has is empty, which is of any type
         for name, found in texts.items():
             numeric = all(_NUMBER.fullmatch(text) for text in found)
             if there.get(name, "string") != "string" and not numeric:
                 raise LabelsError(f"column {name!r} of {index.uri} is of numbers, and {NAME} has text in it")
-            if found or name in there:
+            if found:
                 kinds[name] = "Float64" if numeric and there.get(name) != "string" else "str"
-        return Columns(self.rows, kinds)
+        return Columns(self.rows, self.folders, kinds)
 
 
 @dataclass(frozen=True)
@@ -126,19 +133,21 @@ class Columns:
     """Labels for one index.
 
     Attributes:
-        rows: as those of `Labels`.
-        kinds: dtype by column, of text or of numbers.
+        rows, folders: as those of `Labels`.
+        kinds: dtype by column, of text or of numbers, also of those that only the index has.
     """
 
     rows: Mapping[str, list[Row]]
+    folders: Collection[str]
     kinds: Mapping[str, str]
 
     def of(self, key: str, moments: pd.DataFrame) -> pd.DataFrame:
-        """The columns of a file's moments (start_s, end_s, channel); none of a file that is not named."""
-        if key not in self.rows:
+        """The columns of a file's moments (start_s, end_s, channel); none of a file of which no labels are known."""
+        if not self.tell_of(key):
             return pd.DataFrame(index=moments.index)
+        rows = self.rows.get(key, [])
         middles = (moments["start_s"] + moments["end_s"]) / 2
-        said = [self._said(self.rows[key], *place) for place in zip(middles, moments["channel"], strict=True)]
+        said = [_said(rows, *place) for place in zip(middles, moments["channel"], strict=True)]
         columns = {name: [values.get(name) or None for values in said] for name in self.kinds}
         for name, kind in self.kinds.items():
             if kind == "Float64":
@@ -147,14 +156,17 @@ class Columns:
                 columns[name] = np.array(columns[name], dtype=object)
         return pd.DataFrame(columns, index=moments.index)
 
-    @staticmethod
-    def _said(rows: list[Row], middle: float, channel: Any) -> dict[str, str]:
-        for row in rows:
-            if row.start_s <= middle < row.end_s and (
-                row.channel is None or pd.isna(channel) or row.channel == channel
-            ):
-                return row.values
-        return {}
+    def tell_of(self, key: str) -> bool:
+        """Whether labels were read that name this file, or that are the nearest above it and do not."""
+        if key in self.rows:
+            return True
+        folder = key if self.folders else ""
+        while folder := folder.rpartition("/")[0]:
+            if folder in self.folders:
+                return True
+            if _file(absolute_path(folder)):
+                return False
+        return False
 
     def relabelled(self, index: Index, files: Mapping[str, Path]) -> Iterator[Embedded]:
         """Those of some files of an index of whose moments something else is said now, as what they should be.
@@ -162,29 +174,48 @@ class Columns:
         Args:
             files: key and path of those that are as they were.
         """
-        named = self.rows.keys() & files.keys()
-        if not named or not self.kinds:
+        told = {key for key in files if self.tell_of(key)}
+        if not told:
             return
         there = [name for name in self.kinds if name in index.columns()]
         known, parts = index.files(), []
-        for batch in index.batches(["file", "start_s", "end_s", "channel", *there], Snapshot(index).alive()):
+        for batch in index.batches(["file", "version", *_NO_LABEL[2:], *there], Snapshot(index).alive()):
             part = batch.to_pandas()
-            parts.append(part[part["file"].isin(named)])
-        moments = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["file"])
-        for key, part in moments.groupby("file"):
-            wanted = self.of(key, part)
-            if all(_same(part.get(name), wanted[name]) for name in wanted):
+            parts.append(part[part["file"].isin(told)])
+        moments = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["file", "version"])
+        for (key, version), part in moments.groupby(["file", "version"]):
+            if all(_same(part.get(name), labels) for name, labels in self.of(key, part).items()):
                 continue
-            about, kept = known.loc[key], [name for name in index.columns() if name not in ("file", *wanted)]
+            about, kept = known.loc[key], [name for name in _NO_LABEL if name != "file"]
             adapts = ["pooled", "adapted"] if index.about["pooled"] else []
-            rows = index.rows(part["_rowid"].to_numpy(), [*kept, "vector", *adapts])
-            table = pd.concat([rows.select(kept).to_pandas(), wanted.reset_index(drop=True)], axis=1)
+            rows = index.of_version(version, [*kept, "vector", *adapts])
+            if not len(rows):  # another process has replaced it meanwhile
+                continue
+            table = rows.select(kept).to_pandas()
+            table = pd.concat([table, self.of(key, table)], axis=1)
             pooled, adapted = None, None
             if adapts:
                 pooled, adapted = matrix(rows["pooled"], index.about["pooled"]), rows["adapted"].to_pylist()
             file = File(key, files[key], int(about["size"]), int(about["mtime_ns"]), about["sha256"])
             vectors = matrix(rows["vector"], index.about["dim"])
             yield Embedded(file, table, vectors, pooled, about["problem"], adapted)
+
+
+def _said(rows: list[Row], middle: float, channel: Any) -> dict[str, str]:
+    """What the first row that fits says of a moment."""
+    apart = len({row.channel for row in rows} - {None}) > 1  # of a moment of all channels these say nothing
+    for row in rows:
+        of_channel = row.channel is None or (not apart if pd.isna(channel) else row.channel == channel)
+        if row.start_s <= middle < row.end_s and of_channel:
+            return row.values
+    return {}
+
+
+def _file(folder: Path) -> Path | None:
+    """What has the labels of a folder, if anything has."""
+    if (file := folder / NAME).is_file():
+        return file
+    return file if _is_manifest(file := folder / MANIFEST) else None
 
 
 def _is_manifest(file: Path) -> bool:

@@ -77,7 +77,10 @@ def test_rows_of_a_channel(tmp_path):
     moments = pd.DataFrame({"start_s": [0.0, 0.0], "end_s": [1.0, 1.0], "channel": pd.array([0, 1], "Int64")})
     columns = labels.for_index(type("Empty", (), {"columns": lambda self: {}})())
     assert columns.of(str(tmp_path / "call.wav"), moments)["speaker"].tolist() == ["anna", "ben"]
-    assert list(columns.of(str(tmp_path / "other.wav"), moments)) == []
+    assert columns.of(str(tmp_path / "other.wav"), moments)["speaker"].tolist() == [None, None]
+    assert list(columns.of(str(tmp_path.parent / "other.wav"), moments)) == []  # of another folder nothing is told
+    together = moments.assign(channel=pd.array([None, None], "Int64"))
+    assert columns.of(str(tmp_path / "call.wav"), together)["speaker"].tolist() == [None, None]  # both are heard in it
 
 
 def test_other_labels_change_the_moments_and_embed_nothing(index, folder, monkeypatch):
@@ -97,7 +100,47 @@ def test_other_labels_change_the_moments_and_embed_nothing(index, folder, monkey
     assert (report.relabelled, report.unchanged) == (0, 3)
     assert recordings.refresh(index, recordings.find(folder)).problems == {}
     report = refresh(index, folder, "path,speaker\nthree.wav,\n")
-    assert report.relabelled == 1 and values(index, "speaker")["three.wav"] == [None]
+    assert report.relabelled == 2 and set(map(tuple, values(index, "speaker").values())) == {(None,)}
+
+
+def test_what_labels_no_longer_say_is_no_longer_so(index, folder):
+    refresh(index, folder, "path,speaker,room\none.flac,anna,3\ndeep/two.wav,ben,4\n")
+    assert refresh(index, folder, "path,speaker\none.flac,anna\n").relabelled == 2
+    assert values(index, "speaker") == {"one.flac": ["anna"], "two.wav": [None], "three.wav": [None]}
+    assert values(index, "room") == {"one.flac": [None], "two.wav": [None], "three.wav": [None]}
+    (folder / "labels.csv").unlink()
+    assert recordings.refresh(index, recordings.find(folder)).relabelled == 0  # perhaps it is on its way
+    assert values(index, "speaker")["one.flac"] == ["anna"]
+    assert refresh(index, folder, "path\n").relabelled == 1 and values(index, "speaker")["one.flac"] == [None]
+
+
+def test_labels_nearer_to_a_file_are_not_undone_from_further_away(index, folder):
+    (folder / "deep" / "labels.csv").write_text("path,speaker\ntwo.wav,ben\n")
+    recordings.refresh(index, recordings.find(folder / "deep"))
+    assert refresh(index, folder, "path,speaker\none.flac,anna\n").relabelled == 0
+    assert values(index, "speaker") == {"one.flac": ["anna"], "two.wav": ["ben"], "three.wav": [None]}
+
+
+def test_numbers_of_more_digits_than_a_number_keeps_are_text(index, folder):
+    refresh(index, folder, "path,call\none.flac,123456789012345678901\nthree.wav,123456789012345678902\n")
+    assert set(index.search("angry", k=9, where={"call": "123456789012345678901"})["call"]) == {"123456789012345678901"}
+
+
+def test_what_another_process_has_relabelled_meanwhile_is_passed_over(index, folder, monkeypatch):
+    recordings.refresh(index, recordings.find(folder))
+    (folder / "labels.csv").write_text("path,speaker\none.flac,anna\ndeep/two.wav,ben\n")
+    found, other, read = recordings.find(folder), Index.open(index.uri, index.model), Index.of_version
+
+    def beaten(self, *arguments):
+        if self is index:
+            recordings.refresh(other, found)  # which also sweeps
+            index.reload()
+        return read(self, *arguments)
+
+    monkeypatch.setattr(Index, "of_version", beaten)
+    recordings.refresh(index, found)
+    assert values(index, "speaker") == {"one.flac": ["anna"], "two.wav": ["ben"], "three.wav": [None]}
+    assert len(index.files()) == 3
 
 
 def test_a_file_by_itself_has_the_labels_of_its_folder(index, folder):
