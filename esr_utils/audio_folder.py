@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 PLAIN = (".wav", ".flac", ".ogg", ".opus", ".mp3")  # read without ffmpeg
@@ -36,7 +37,7 @@ def find_audio(folder: str | Path, gone: bool = False) -> tuple[list[tuple[str, 
     Raises:
         NoAudio: there is no such folder, or nothing to be used in it, and `gone` is false.
     """
-    root = _absolute(folder)
+    root = absolute(folder)
     if root.is_file():
         return [(_key(Path(root.name)), root)], []
     if not root.is_dir():
@@ -129,7 +130,8 @@ def absolute_key(path: str | Path) -> str:
 
     It is the absolute path itself, unless there is a "%" in it or what is no UTF-8. Links are not followed.
     """
-    return "/" + file_key(os.path.abspath(path), "/")
+    inside = file_key(os.path.abspath(path), "/")
+    return "/" if inside == "." else f"/{inside}"
 
 
 def absolute_path(key: str) -> Path:
@@ -147,10 +149,21 @@ def printable(path: str | Path) -> str:
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in name)
 
 
-def _absolute(root: str | Path) -> Path:
-    return Path(root).expanduser().resolve()
+def absolute(root: str | Path) -> Path:
+    """A path from the root, links followed.
+
+    Raises:
+        NoAudio: it is a link that leads back to itself.
+    """
+    root = Path(root)
+    with suppress(RuntimeError):  # there is no such user: a name that begins so
+        root = root.expanduser()
+    try:
+        return root.resolve()
+    except (RuntimeError, OSError) as error:
+        raise NoAudio(f"{printable(root)} leads nowhere: {error}") from None
 
 
 def _folder(root: str | Path) -> Path:
-    root = _absolute(root)
+    root = absolute(root)
     return root.parent if root.is_file() else root

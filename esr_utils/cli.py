@@ -32,11 +32,13 @@ def main(arguments: list[str] | None = None) -> int:
     if not _watched():
         os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: progress is for who watches
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns of forks: ffmpeg is one
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of any letters, in any locale
-    sys.stderr.reconfigure(errors="backslashreplace")
+    opened = [stream for stream in (sys.stdout, sys.stderr) if stream]  # a shell may have closed either
+    for stream in opened:
+        stream.reconfigure(errors="backslashreplace")  # names of any letters, in any locale
     try:
         code = {"index": _index, "search": _search, "stats": _stats, "export": _export}[options.name](options)
-        sys.stdout.flush()
+        for stream in opened:
+            stream.flush()
         return code
     except KeyboardInterrupt:
         _say(f"interrupted; {options.goes_on}")
@@ -45,6 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python flushes once more, and complains
         return PIPE_CLOSED
     except Exception as error:
+        if isinstance(error, RuntimeError) and str(error).startswith("lance error"):
+            error = _damage(error)
         if (code := _code(error)) is None:
             raise
         _say(str(error))
@@ -68,9 +72,16 @@ def _code(error: Exception) -> int | None:
     return ERROR if isinstance(error, NoAudio | LabelsError | IndexUnusable | WeightsError | ConfigError) else None
 
 
+def _damage(error: RuntimeError) -> Exception:
+    """What LanceDB says of a file of an index that is gone or damaged."""
+    from esr_utils.index_rows import IndexUnusable, first_line
+
+    return IndexUnusable(f"the index cannot be read, one of its files is gone or damaged: {first_line(error)}")
+
+
 def _watched() -> bool:
     """Whether somebody sees progress."""
-    return sys.stderr.isatty()
+    return bool(sys.stderr) and sys.stderr.isatty()
 
 
 def _say(message: str) -> None:
@@ -85,12 +96,14 @@ def _index(options: Namespace) -> int:
     from esr_utils.audio_folder import NoAudio
     from esr_utils.cli_progress import Bar, quiet_libraries
 
+    if not options.index or not all(options.places):
+        raise UsageError("an empty path, perhaps of a variable that is not set: name DIR and --index")
     try:
         found = recordings.find(options.places, options.gone)  # before a model is loaded for nothing
     except NoAudio as error:
         raise NoAudio(f"{error}. If its recordings were removed for good, --gone drops them from the index") from None
     known = ("off", "all", "file", "channel", "speaker", *found.labels.names())
-    if options.adapt and options.adapt not in known:
+    if options.adapt and options.adapt not in (*known, *_columns(options.index)):
         raise UsageError(f"--adapt {options.adapt}: it is off, all, or a column, here {', '.join(known[2:])}")
     index = recordings.index_for(options.index, found, options.run, options.channels, options.adapt)
     with quiet_libraries(), Bar(shown=_watched()) as bar:
@@ -118,6 +131,17 @@ def _index(options: Namespace) -> int:
             f"{options.index} holds {about['moments_in_index']} moments of {len(files)} files"
         )
     return OK
+
+
+def _columns(uri: str) -> list[str]:
+    """Of the index that is there, if one is."""
+    from esr_utils.index import Index
+    from esr_utils.index_rows import IndexUnusable
+
+    try:
+        return list(Index.open(uri).columns())
+    except IndexUnusable:
+        return []
 
 
 def _search(options: Namespace) -> int:
@@ -155,7 +179,7 @@ def _stats(options: Namespace) -> int:
 def _export(options: Namespace) -> int:
     from esr_utils import clips
 
-    hits = _hits(options) if _has_query(options) else _read_hits()
+    hits = _hits(options) if _has_query(options) else _read_hits(options)
     if hits.empty:
         _say("nothing was found, so there is nothing to cut")
         return NOTHING
@@ -191,7 +215,10 @@ def _hits(options: Namespace) -> pd.DataFrame:
         "one_per": options.one_per, "offset": options.offset,
     }  # fmt: skip
     if options.like:
-        return index.search_like(options.like, options.k, options.min_score, **rest)
+        from esr_utils.cli_progress import quiet_libraries
+
+        with quiet_libraries():
+            return index.search_like(options.like, options.k, options.min_score, **rest)
     return index.search(_sentences(options.sentence), options.k, options.min_score, minus=options.minus, **rest)
 
 
@@ -230,10 +257,12 @@ def _condition(condition: str, index: Index) -> tuple[str, Any]:
         raise UsageError(f"--where {condition}: {column} is a number; write 3, 3..5, 3.. or ..5") from None
 
 
-def _read_hits() -> pd.DataFrame:
+def _read_hits(options: Namespace) -> pd.DataFrame:
     """What `esr search --json` wrote, from stdin."""
     import pandas as pd
 
+    if options.minus or options.where or options.one_per or options.offset or options.k != 10 or options.min_score > -1:
+        raise UsageError("hits are cut as they come: -k, --where and the like are for a query; give them to esr search")
     if sys.stdin is None or sys.stdin.isatty():
         raise UsageError("give a query, or pipe what esr search --json prints")
     try:

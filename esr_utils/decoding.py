@@ -30,7 +30,11 @@ _PROTECTED = r"\((drms|enca|aavd) /"  # sample entries of iTunes, of MPEG-4 comm
 _AU = struct.Struct(">4s5I")  # magic, bytes before the samples, bytes of samples, encoding, Hz, channels
 
 
-class NoFfmpegError(AudioError):
+class NotNowError(AudioError):
+    """A file that could not be read for a reason that is not the file's."""
+
+
+class NoFfmpegError(NotNowError):
     """A file that only ffmpeg reads, where there is none; the message says how to get it."""
 
 
@@ -197,6 +201,8 @@ def _by_ffmpeg(path: Path, complaint: str) -> Iterator[tuple[NDArray[np.float32]
             process.wait()
         complaints.seek(0)
         said = complaints.read(1 << 16).decode("utf-8", "replace")
+    if failed < 0:
+        raise NotNowError(f"was not read to its end: ffmpeg was ended (signal {-failed}), perhaps for want of memory")
     if re.search(r"partial file|ended prematurely", said):
         raise AudioError("is cut short, ffmpeg says")
     if failed:

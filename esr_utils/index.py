@@ -27,7 +27,7 @@ from esr_utils import runs
 from esr_utils.audio_folder import absolute_key, absolute_path
 from esr_utils.config import Level
 from esr_utils.index_rows import Embedded, File
-from esr_utils.index_snapshot import QueryError, Scored, Snapshot
+from esr_utils.index_snapshot import QueryError, Scored, Snapshot, is_text
 from esr_utils.index_writing import IndexWriter
 from esr_utils.query_vectors import Query, of_file, of_query, unit
 
@@ -165,7 +165,8 @@ class Index(IndexWriter):
             query: a sentence; several, of which the mean of their unit vectors is taken; or a vector (d,).
             min_score: cosine, -1 to 1; moments below it are left out.
             minus: what it should not sound like: the query is unit(query) - minus_weight * unit(minus), normalised.
-            where: conditions by column: a value; a list of values; (low, high), both included, None for no bound.
+            where: conditions by column: a value; (low, high), both included, None for no bound; a list of these, of
+                which one is to hold.
             one_per: a column, e.g. file or speaker, of whose values each is found once, by its best moment. Moments
                 without a value all count.
             offset: hits to skip: the second page of ten is k=10, offset=10. Ties keep the order of the table.
@@ -223,7 +224,7 @@ class Index(IndexWriter):
         """Row id and vector of the moment that has this id, or is all of this file."""
         from lancedb.expr import col, lit
 
-        for column in ("id", "file"):
+        for column in ("id", "file") if is_text(example) else ():
             condition = self._current().alive(col(column) == lit(example))
             for batch in self.batches(["start_s", "vector"], condition):
                 for row in batch.to_pylist():

@@ -249,7 +249,7 @@ class Report:
         speech_s: seconds that these moments last together.
         problems: key and reason of files that could not be used, or not whole; of those embedded or looked at now.
         left_out: the same of what was left as it is in the index, and is tried again the next time: it cannot be
-            opened, leads elsewhere, or needs ffmpeg.
+            opened, leads elsewhere, needs ffmpeg, or ffmpeg was stopped.
     """
 
     embedded: int = 0

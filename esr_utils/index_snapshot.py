@@ -6,6 +6,8 @@ import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import reduce
+from operator import and_, or_
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +33,11 @@ Rows = tuple[NDArray[np.uint64], NDArray[np.float32]]
 
 class QueryError(ValueError):
     """A query that cannot be answered; the message says why."""
+
+
+def is_text(value: str) -> bool:
+    """Whether it can be encoded: what came from a shell may hold bytes that are no UTF-8."""
+    return value.encode("utf-8", "ignore").decode() == value
 
 
 class Snapshot:
@@ -81,19 +88,11 @@ class Snapshot:
         found = None
         for name, wanted in where.items():
             kind = self._kind(name)
-            if isinstance(wanted, tuple):
-                if len(wanted) != 2 or all(bound is None for bound in wanted):
-                    raise QueryError(f"{name}: a range is (low, high), one of which may be None; this is {wanted!r}")
-                low, high = (None if bound is None else lit(_fitting(name, kind, bound)) for bound in wanted)
-                parts = ([col(name) >= low] if low is not None else []) + (
-                    [col(name) <= high] if high is not None else []
-                )
-            elif isinstance(wanted, list | set | frozenset):
-                parts = [col(name).isin([lit(_fitting(name, kind, value)) for value in wanted])]
-            else:
-                parts = [col(name) == lit(_fitting(name, kind, wanted))]
-            for part in parts:
-                found = part if found is None else found & part
+            several = wanted if isinstance(wanted, list | set | frozenset) else [wanted]
+            values = [lit(_fitting(name, kind, value)) for value in several if not isinstance(value, tuple)]
+            ranges = [_within(name, kind, value) for value in several if isinstance(value, tuple)]
+            met = reduce(or_, ranges if ranges and not values else [col(name).isin(values), *ranges])
+            found = met if found is None else found & met
         return found
 
     def _kind(self, column: object) -> pa.DataType:
@@ -223,9 +222,22 @@ class Scored:
     take: Callable[[NDArray[np.uint64]], pd.DataFrame]
 
 
+def _within(column: str, kind: pa.DataType, bounds: tuple) -> Expr:
+    """That a column's value is in a range (low, high), both included, one of which may be None."""
+    from lancedb.expr import col, lit
+
+    if len(bounds) != 2 or all(bound is None for bound in bounds):
+        raise QueryError(f"{column}: a range is (low, high), one of which may be None; this is {bounds!r}")
+    low, high = (None if bound is None else lit(_fitting(column, kind, bound)) for bound in bounds)
+    parts = ([] if low is None else [col(column) >= low]) + ([] if high is None else [col(column) <= high])
+    return reduce(and_, parts)
+
+
 def _fitting(column: str, kind: pa.DataType, value: object) -> str | float | int | bool:
     """A value as its column's type has it."""
     if pa.types.is_string(kind) and isinstance(value, str):
+        if not is_text(value):
+            raise QueryError(f"column {column!r} is asked for {value!r}, which holds bytes that are no UTF-8")
         return str(value)
     if pa.types.is_boolean(kind) and isinstance(value, bool | np.bool_):
         return bool(value)

@@ -88,6 +88,8 @@ class IndexTable:
             IndexUnusable: the one that is there was made with something else; both are named.
             IndexWriteError: it cannot be written.
         """
+        if not str(uri).isprintable():
+            raise IndexUnusable(f"{str(uri)!r} holds what cannot be printed: an index needs another name")
         about = {"format": FORMAT, "model": model, "dim": dim, "level": level}
         about |= {name: value for name, value in (("channels", channels), ("adapt", adapt)) if value}
         new = {"channels": "mix", "adapt": "off"} | about | {"run": run, "pooled": pooled}
@@ -114,7 +116,7 @@ class IndexTable:
         Raises:
             IndexUnusable: there is none, or it is of another model, dimension or format; both are named.
         """
-        missing = f"{uri} holds no index: make one first (Index.create)"
+        missing = f"{uri} holds no index: make one first, by esr index FOLDER --index PATH or Index.create"
         if "://" not in str(uri) and not Path(uri).is_dir():  # connecting would make the folder
             raise IndexUnusable(missing)
         try:

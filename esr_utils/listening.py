@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from esr_utils.audio_files import AudioError
 from esr_utils.batches import BadAudio, prepared
 from esr_utils.config import SAMPLE_RATE
-from esr_utils.decoding import NoFfmpegError
+from esr_utils.decoding import NotNowError
 from esr_utils.index_rows import UNFINISHED, Embedded, File, Report
 from esr_utils.moments import MIN_S, Moment, moments
 from esr_utils.retriever import Retriever
@@ -109,7 +109,7 @@ class Embedder:
                 self._tell(end_s)
                 if self._is_time():
                     yield
-        except NoFfmpegError as error:
+        except NotNowError as error:
             self.report.left_out[one.file.key] = str(error)
             return
         except AudioError as error:

@@ -15,11 +15,12 @@ from esr_utils.audio_files import AudioError
 from esr_utils.audio_folder import printable
 from esr_utils.config import Level
 from esr_utils.decoding import read_spans
-from esr_utils.index_snapshot import QueryError
+from esr_utils.index_snapshot import QueryError, is_text
 
 if TYPE_CHECKING:
     from esr_utils.retriever import Retriever
 
+MAX_EXAMPLE_S = 60.0  # seconds of an audio file that is looked for
 MAX_QUERY = 2000  # characters of a sentence: some 400 words, more than a text backbone reads
 Query = str | Sequence[str] | NDArray[np.floating]
 
@@ -51,6 +52,8 @@ def of_query(query: Query, model: Retriever | None, dim: int) -> NDArray[np.floa
                 f"the query is {len(sentence)} characters ({len(sentence.split())} words) long; "
                 f"at most {MAX_QUERY} are taken: describe how the speech should sound in a sentence or two"
             )
+        if not is_text(sentence):
+            raise QueryError(f"the query {sentence!r} holds bytes that are no UTF-8: write it anew")
     if model is None:
         raise QueryError("this index was opened without a model, which sentences need: Index.open(uri, model)")
     import torch  # with a model it is there already
@@ -63,20 +66,26 @@ def of_file(path: Path, model: Retriever | None, level: Level) -> NDArray[np.flo
     """The unit vector (d,) of a whole audio file of any kind; its channels are averaged.
 
     Raises:
-        QueryError: it is not there, cannot be read, is silent or too short, or there is no model.
+        QueryError: it is not there, cannot be read, is silent, too short, or longer than MAX_EXAMPLE_S, or there is no
+            model.
     """
     from lhotse import CutSet, Recording
 
     from esr_utils.embedding import embed
 
     if not path.is_file():
-        raise QueryError(f"{path} is neither the id of a moment of this index nor an audio file")
+        raise QueryError(f"{printable(path)} is neither the id of a moment of this index nor an audio file")
     if model is None:
         raise QueryError("this index was opened without a model, which an audio file needs: Index.open(uri, model)")
     try:
         recording = Recording.from_file(path)
     except Exception:  # what lhotse does not read, perhaps ffmpeg does
         recording = Recording.from_bytes(_as_wav(path), str(path))
+    if recording.duration > MAX_EXAMPLE_S:
+        raise QueryError(
+            f"{printable(path)} is longer than {MAX_EXAMPLE_S:g} s, which an example lasts at most: cut out the part "
+            "that sounds as it should"
+        )
     cut = recording.to_cut()  # of all channels, which are averaged
     cut.custom = {"utterance_id": str(path), "style": ""}
     found = embed(model, CutSet.from_cuts([cut]), level, cache=None)
@@ -86,10 +95,10 @@ def of_file(path: Path, model: Retriever | None, level: Level) -> NDArray[np.flo
 
 
 def _as_wav(path: Path) -> bytes:
-    """A file of any kind as WAV, in memory."""
+    """A file of any kind as WAV, in memory, or a little more of it than may be looked for."""
     wav = io.BytesIO()
     try:
-        (samples,), rate = read_spans(path, [(0.0, None)])
+        (samples,), rate = read_spans(path, [(0.0, MAX_EXAMPLE_S + 1)])
     except AudioError as error:
         raise QueryError(f"{printable(path)} is no readable audio file: it {error}") from None
     soundfile.write(wav, samples, rate, format="WAV", subtype="FLOAT")

@@ -21,7 +21,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from esr_utils import runs
-from esr_utils.audio_folder import absolute_key, find_audio
+from esr_utils.audio_folder import absolute, absolute_key, find_audio
 from esr_utils.config import Level
 from esr_utils.index import Index
 from esr_utils.index_rows import Changes, Embedded, File, IndexUnusable, Report
@@ -195,7 +195,7 @@ def find(places: str | Path | Iterable[str | Path], gone: bool = False) -> Found
     """
     found, folders = Found([], {}, {}, Labels()), {}
     for place in [places] if isinstance(places, str | Path) else places:
-        root = Path(place).expanduser().resolve()
+        root = absolute(place)
         files, left_out = find_audio(root, gone)
         found.within.append(key := absolute_key(root))
         found.files.update((absolute_key(path), path) for _, path in files)

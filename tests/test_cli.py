@@ -132,6 +132,42 @@ def test_recordings_that_are_gone_for_good_are_dropped_when_that_is_said(esr, ow
     assert code == OK and json.loads(out)["removed"] == 4 and contents(own)[1] == before[1] - 4
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        ((""), USAGE, "an empty path"),
+        (("{folder}", "--index", ""), USAGE, "an empty path"),
+        (("~nosuchuser/calls"), ERROR, "is no file and no folder"),
+        (("{loop}"), ERROR, "loop"),
+        (("{folder}", "--index", "{tmp}/two\nlines"), ERROR, "cannot be printed"),
+        (("{folder}", "--index", "{tmp}/caf\udce9"), ERROR, "cannot be printed"),
+    ],
+)  # fmt: skip
+def test_places_that_are_none(esr, folder, tiny_run, tmp_path, arguments, code, said):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    places = [arguments] if isinstance(arguments, str) else list(arguments)
+    places = [one.format(folder=folder, loop=tmp_path / "loop", tmp=tmp_path) for one in places]
+    places += [] if "--index" in places else ["--index", str(tmp_path / "new")]
+    found, out, err = esr("index", *places, "--run", tiny_run)
+    assert found == code and out == "" and said in err and len(err.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["loop"]
+
+
+@pytest.mark.parametrize("command", [["search", QUERY], ["stats"]])
+def test_an_index_of_which_a_file_is_gone(esr, own, command):
+    for file in Path(own).glob("moments.lance/data/*"):
+        file.unlink()
+    code, out, err = esr(*command, "--index", own)
+    assert code == ERROR and out == "" and "one of its files is gone or damaged" in err and len(err.splitlines()) == 1
+
+
+def test_a_shell_that_has_closed_the_output(filled, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.main(["stats", "--index", filled]) == OK
+    monkeypatch.setattr(sys, "stderr", None)
+    assert cli.main(["search", QUERY, "--min-score", "1", "--index", filled]) == NOTHING
+
+
 def test_channels_stay_as_the_index_was_made(esr, own, folder, tmp_path):
     """`own` was split: what is new is split too, without a word, and is not mixed."""
     soundfile.write(tmp_path / "new.wav", *soundfile.read(folder / "call.wav"))
@@ -313,6 +349,10 @@ def test_what_is_asked_for_is_what_the_index_is_asked(esr, filled, folder):
         ([QUERY, "-k", "many"], "invalid int value"),
         ([QUERY, "--offset", "-1"], "offset is -1"),
         ([QUERY, "--like", "a.wav"], "--like takes no sentence"),
+        (["caf\udce9"], "bytes that are no UTF-8"),
+        ([QUERY, "--minus", "caf\udce9"], "bytes that are no UTF-8"),
+        ([QUERY, "--where", "speaker=\udcff"], "bytes that are no UTF-8"),
+        (["--like", "/nowhere/\udcff.wav"], "neither the id of a moment of this index nor an audio file"),
         (["--like", "/nowhere/a.wav"], "neither the id of a moment of this index nor an audio file"),
     ],
 )  # fmt: skip
@@ -320,6 +360,30 @@ def test_queries_without_an_answer(esr, filled, arguments, said):
     for command in (["search"], ["export", "--to", "/nowhere"]) if arguments else (["search"],):
         code, out, err = esr(*command, *arguments, "--index", filled)
         assert code == USAGE and out == "" and re.search(said, err) and len(err) < 2000, (code, err)
+
+
+def test_of_several_conditions_on_one_column_any_holds(esr, filled):
+    def found(*where):
+        code, out, _ = esr("search", QUERY, "-k", 100, "--json", "--index", filled, *where)
+        return {hit["id"]: hit["start_s"] for hit in json.loads(out)}
+
+    everything = found()
+    early, late = sorted(everything.values())[1], sorted(everything.values())[-2]
+    several = ("--where", f"start_s=..{early}", "--where", f"start_s={late}..")
+    assert early < late and found(*several) == {i: s for i, s in everything.items() if s <= early or s >= late}
+    one = sorted(everything.values())[len(everything) // 2]
+    assert set(found(*several, "--where", f"start_s={one}").values()) == {one, *found(*several).values()}
+
+
+def test_an_example_is_not_hours_long(esr, filled, folder, tmp_path):
+    soundfile.write(tmp_path / "long.wav", np.zeros(62), 1)
+    code, _, err = esr("search", "--like", tmp_path / "long.wav", "--index", filled)
+    assert code == USAGE and "is longer than 60 s" in err and len(err.splitlines()) == 1
+
+
+def test_an_example_whose_name_is_no_utf8(esr, filled, folder):
+    (odd,) = (path for path in folder.iterdir() if path.name.startswith("two"))
+    assert esr("search", "--like", odd, "--index", filled)[0] == OK
 
 
 def test_values_are_values_and_never_part_of_a_query(esr, own):
@@ -383,6 +447,12 @@ def test_hits_that_are_gone_are_named(esr, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps([{"file": "/nowhere/a.wav", "start_s": 1, "end_s": 2}])))
     code, out, err = esr("export", "--to", tmp_path / "clips")
     assert (code, err) == (ERROR, "esr: /nowhere/a.wav: is not there\n") and out.startswith("0 of 1 hits")
+
+
+def test_hits_from_stdin_are_not_chosen_among(esr, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("[]"))
+    code, _, err = esr("export", "--to", tmp_path / "clips", "--where", "speaker=anna")
+    assert code == USAGE and "give them to esr search" in err
 
 
 # A shell ----------------------------------------------------------------------------------------------------

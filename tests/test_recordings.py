@@ -282,6 +282,19 @@ def test_a_file_that_waits_for_ffmpeg_is_tried_again(folder, index, monkeypatch)
     assert (report.embedded, report.unchanged, report.left_out) == (1, 2, {})
 
 
+def test_a_file_whose_ffmpeg_was_killed_is_tried_again(folder, index, tmp_path, monkeypatch):
+    video = convert(folder / "one.flac", folder / "one.m4a")
+    killed = tmp_path / "ffmpeg"
+    killed.write_text("#!/bin/sh\nkill -9 $$\n")
+    killed.chmod(0o755)
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding, "find_ffmpeg", lambda: str(killed))
+        report = recordings.refresh(index, recordings.find(folder))
+    assert report.embedded == 2 and "was ended (signal 9)" in report.left_out[str(video)] and not report.problems
+    report = recordings.refresh(index, recordings.find(folder))
+    assert (report.embedded, report.unchanged, report.left_out) == (1, 2, {})
+
+
 def test_a_file_that_cannot_be_opened_keeps_what_there_is_of_it(folder, index, monkeypatch, speech):
     recordings.refresh(index, recordings.find(folder))
     before = rows(index)
