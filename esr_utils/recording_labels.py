@@ -181,7 +181,8 @@ class Columns:
         known, parts = index.files(), []
         for batch in index.batches(["file", "version", *_NO_LABEL[2:], *there], Snapshot(index).alive()):
             part = batch.to_pandas()
-            parts.append(part[part["file"].isin(told)])
+            labelled = part["file"].isin(self.rows) | part[there].notna().any(axis=1)  # of the rest nothing changes
+            parts.append(part[part["file"].isin(told) & labelled])
         moments = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["file", "version"])
         for (key, version), part in moments.groupby(["file", "version"]):
             if all(_same(part.get(name), labels) for name, labels in self.of(key, part).items()):
