@@ -88,12 +88,21 @@ class LeftOut:
 
 def left_out(corpus: str, seed: int, folder: Path, model_config: ModelConfig, config: TrainConfig) -> LeftOut:
     """A retriever of a recipe, trained on the others, or that which is in the folder already."""
-    others = manifests.load_corpora([*(name for name in CORPORA if name != corpus), "demo"])
+    others = without(corpus)
     model = training.fit(others, folder / f"without-{corpus}-{seed}", model_config, config.but(seed=seed))
-    known = set(others.loc[others["corpus"] != "demo", "style"])  # the demo's styles are by rule
     clips, pooled = heard(corpus, model_config.speech_backbone, config.level)
-    rows = np.flatnonzero(clips["style"].isin(known))
+    rows = trained_on(clips, others)
     return LeftOut(model, clips.iloc[rows].reset_index(drop=True), pooled[rows])
+
+
+def without(corpus: str) -> pd.DataFrame:
+    """The clips of the others, and of the demo corpus."""
+    return manifests.load_corpora([*(name for name in CORPORA if name != corpus), "demo"])
+
+
+def trained_on(clips: pd.DataFrame, others: pd.DataFrame) -> np.ndarray:
+    """Rows of clips whose style the others have."""
+    return np.flatnonzero(clips["style"].isin(others.loc[others["corpus"] != "demo", "style"]))  # demo: by rule
 
 
 @cache

@@ -17,6 +17,7 @@ import sys
 from functools import cache
 
 import adaptation
+import attentive
 import numpy as np
 import pandas as pd
 from adaptation import CORPORA, METRICS, SEEDS
@@ -33,6 +34,8 @@ RECIPES: dict[str, tuple[dict, dict]] = {
     "without speeds": ({}, {"speeds": ()}),
     "a mix of layers": ({"concat_layers": False}, {}),
     "training's statistics": ({}, {"standardise": "training"}),
+    "one positive a clip": ({}, {"objective": "infonce", "mixup": 0.0}),
+    "attentive pooling": ({}, {}),
 }
 WAYS = ("training", "speaker")
 
@@ -43,9 +46,9 @@ def measured(recipe: str) -> dict[tuple[str, str], tuple[dict, dict]]:
     model, training = RECIPES[recipe]
     folder = adaptation.FOLDER if recipe == "released" else runs.RUNS / "recipes" / runs.slug(recipe)
     configs = ModelConfig.released().but(**model), TrainConfig.released().but(**training)
-    found = {}
+    left_out, found = attentive.left_out if recipe == "attentive pooling" else adaptation.left_out, {}
     for corpus in CORPORA:
-        trained = [adaptation.left_out(corpus, seed, folder, *configs) for seed in SEEDS]
+        trained = [left_out(corpus, seed, folder, *configs) for seed in SEEDS]
         found |= {(corpus, way): adaptation.measured(trained, way) for way in WAYS}
     for way in WAYS:
         of_corpora = [found[corpus, way] for corpus in CORPORA]
