@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from esr_utils.index_rows import Embedded, File
 from esr_utils.index_snapshot import Snapshot
 from esr_utils.index_table import IndexTable, connect, matrix
 from esr_utils.index_writing import IndexWriter
+from esr_utils.memory import give_back
 from esr_utils.styles import STYLES
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ def adapt(index: IndexWriter, model: StyleRetriever) -> Adapted:
         return Adapted()
     files, few = 0, {}
     for _ in range(_ROUNDS):
+        give_back()
         index.reload()
         entries, _, _ = index.entries()
         told, held = read(index, model), _held(index, entries)
@@ -255,16 +257,29 @@ def _remade(
     before = known.loc[versions, "file_moments"].cumsum().shift(fill_value=0)  # moments of the files before each
     for some in before.groupby(before // _TOGETHER).groups.values():
         of_some: Expr = (col("written") == lit(0)) & col("version").isin([lit(int(version)) for version in some])
-        rows = pa.Table.from_batches(list(index.batches(names, of_some)))
-        rows = rows.sort_by("version") if len(some) > 1 else rows.combine_chunks()
-        n, start = Counter(rows["version"].to_pylist()), 0
-        for version in sorted(n):
-            yield _one(index, model, book, known.loc[version], rows.slice(start, n[version]))
-            start += n[version]
+        pooled = np.empty((known.loc[some, "file_moments"].sum(), index.about["pooled"]), np.float16)
+        rows, n = [], 0
+        for batch in index.batches(names, of_some):  # a long file's features are held once
+            pooled[n : n + len(batch)] = matrix(batch["pooled"], index.about["pooled"])
+            # Copied: as long as one of its columns is there, all of a batch of LanceDB's is.
+            rows.append(batch.drop_columns(["pooled", "_rowid"]).take(np.arange(len(batch))))
+            n += len(batch)
+        of_rows = np.concatenate([np.zeros(0, np.int64), *(batch["version"].to_numpy() for batch in rows)])
+        give_back()
+        for version in np.unique(of_rows):  # none where another process has replaced them all
+            places = np.flatnonzero(of_rows == version)
+            features = pooled[:n] if len(places) == n else pooled[places]
+            yield _one(index, model, book, known.loc[version], pa.Table.from_batches(rows).take(places), features)
 
 
-def _one(index: IndexTable, model: StyleRetriever, book: Book, about: Mapping[str, Any], rows: pa.Table) -> Embedded:
-    pooled = matrix(rows["pooled"], index.about["pooled"])
+def _one(
+    index: IndexTable,
+    model: StyleRetriever,
+    book: Book,
+    about: Mapping[str, Any],
+    rows: pa.Table,
+    pooled: np.ndarray,
+) -> Embedded:
     features = pooled.reshape(-1, *model.speech_head.mean.shape)
     groups = np.array(_groups(rows, index), dtype=object)
     vectors, made_by = np.zeros((len(groups), index.about["dim"]), np.float32), groups.copy()
@@ -275,5 +290,5 @@ def _one(index: IndexTable, model: StyleRetriever, book: Book, about: Mapping[st
         vectors[here] = adaptation.vectors(model, some, own or adaptation.of_training(model))
     size, mtime_ns = int(about["file_size"]), int(about["file_mtime_ns"])
     file = File(about["file"], Path(about["file"]), size, mtime_ns, about["file_sha256"])
-    moments = rows.drop_columns(["file", "version", "pooled", "_rowid"]).to_pandas()
+    moments = rows.drop_columns(["file", "version"]).to_pandas()
     return Embedded(file, moments, vectors, pooled, about["file_problem"], made_by.tolist())

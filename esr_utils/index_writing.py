@@ -30,6 +30,7 @@ from esr_utils.index_table import IndexTable
 
 _TRIES = 12  # at a commit that met another one's
 _COMMIT_ROWS, _COMMIT_S = 2048, 20.0  # what waits for a commit, at most, and so is lost by a kill
+_WRITTEN_ROWS = 256  # at a time, in one commit: a long file's at once would be held twice
 _SMALL_FRAGMENTS = 32  # files of the table worth joining into one
 
 Result = TypeVar("Result")
@@ -135,9 +136,10 @@ class IndexWriter(IndexTable):
         """
         self._add_columns([embedded.moments for embedded in files])
         now, columns = self.now(), self.table.schema
-        parts = [to_table(one, columns, self.about, now + i) for i, one in enumerate(files)]
+        rows = pa.concat_tables(to_table(one, columns, self.about, now + i) for i, one in enumerate(files))
         self._latest = now + len(files)
-        self.commit(lambda: self.table.add(pa.concat_tables(parts)))
+        pieces = rows.to_batches(_WRITTEN_ROWS)
+        self.commit(lambda: self.table.add(pa.RecordBatchReader.from_batches(rows.schema, pieces)))
 
     def touch(self, files: Sequence[File]) -> None:
         """Notes a new size and time of files whose content is what it was; their moments stay."""

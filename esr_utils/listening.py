@@ -7,8 +7,6 @@ all of its own are through, and one that takes long also on the way.
 
 from __future__ import annotations
 
-import ctypes
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -25,6 +23,7 @@ from esr_utils.batches import BadAudio, prepared
 from esr_utils.config import SAMPLE_RATE
 from esr_utils.decoding import NotNowError
 from esr_utils.index_rows import UNFINISHED, Embedded, File, Report
+from esr_utils.memory import give_back
 from esr_utils.moments import MIN_S, Moment, moments
 from esr_utils.retriever import Retriever
 
@@ -32,10 +31,6 @@ POOL_S = 300.0  # seconds of speech that wait to be embedded: 19 MB
 WAIT_S = 20.0  # seconds after which what waits is embedded, however little it is
 PART_S = 120.0  # seconds after which what there is so far of a file is given, and so is lost by a kill at most
 BATCH_S = 16.0  # seconds a forward pass, with what is padded: more is no faster on a CPU, and takes more memory
-
-# glibc's, where it is: between batches of all lengths its heap is left with holes, 0.2 GB of them in an hour, which
-# this gives back to the system in some ms. Elsewhere memory is given back without being asked for.
-_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
 
 Place = tuple[float, float, int | None]  # start_s, end_s, channel
 Made = tuple[NDArray[np.floating], NDArray[np.floating]]  # of a moment: vector (d,), pooled features (p,)
@@ -148,8 +143,7 @@ class Embedder:
             padded = {"waveform": pad_sequence(waveforms, batch_first=True), "n_samples": lengths}
             for (one, place, _), *made in zip(batch, *self._made(padded), strict=True):
                 one.made[place] = tuple(made)
-            if _TRIM:
-                _TRIM(0)
+            give_back()
         self.waiting, self.waiting_s, self.since = [], 0.0, time.monotonic()
 
     def _made(self, batch: dict) -> Made:
