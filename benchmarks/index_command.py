@@ -1,6 +1,7 @@
-"""`esr index` at its real sizes, from start to exit: python benchmarks/index_command.py hours [6] | refresh [10000]
+"""`esr index` at its real sizes, start to exit: python benchmarks/index_command.py hours [6 [BY]] | refresh [10000]
 
-    hours     one recording of so many hours, 44.1 kHz stereo FLAC, into a new index: times real time, peak memory
+    hours     one recording of so many hours, 44.1 kHz stereo FLAC, into a new index: times real time, peak memory;
+              BY: as in `--adapt BY`, such as all
     refresh   so many unchanged recordings of ten moments each, the walk of their folder included: seconds; also of
               `recordings.find` and `refresh` alone, in a process that has its model already
 
@@ -77,16 +78,16 @@ def said(met: bool) -> str:
     return "met" if met else "NOT MET"
 
 
-def hours(folder: Path, n: float) -> bool:
+def hours(folder: Path, n: float, adapt: str) -> bool:
     samples = part()
     with soundfile.SoundFile(folder / "long.flac", "w", RATE, 2, compression_level=0.0) as file:
         while (left := round(n * 3600 * RATE) - file.frames) > 0:
             file.write(samples[:left])
     del samples
-    seconds, peak = esr(folder / "long.flac", "--index", folder / "index")
+    seconds, peak = esr(folder / "long.flac", "--index", folder / "index", "--adapt", adapt)
     speed = n * 3600 / seconds
     met = speed >= LIMITS["speed"] and peak <= LIMITS["memory"]
-    print(f"{n:g} h in one file: {seconds:.0f} s, {speed:.0f} x real time, peak {peak:.2f} GB "
+    print(f"{n:g} h in one file, --adapt {adapt}: {seconds:.0f} s, {speed:.0f} x real time, peak {peak:.2f} GB "
           f"(limits {LIMITS['speed']:g} x and {LIMITS['memory']} GB, {said(met)})", flush=True)  # fmt: skip
     return met
 
@@ -121,7 +122,8 @@ def refresh(folder: Path, n: int) -> bool:
 
 
 if __name__ == "__main__":
-    mode, n = [*sys.argv[1:], *("hours", {"refresh": "10000"}.get("".join(sys.argv[1:]), "6"))[len(sys.argv) - 1 :]]
+    mode = sys.argv[1] if len(sys.argv) > 1 else "hours"
+    n, adapt = [*sys.argv[2:], *({"refresh": "10000"}.get(mode, "6"), "off")[len(sys.argv[2:]) :]]
     with tempfile.TemporaryDirectory() as temporary:
-        met = hours(Path(temporary), float(n)) if mode == "hours" else refresh(Path(temporary), int(n))
+        met = hours(Path(temporary), float(n), adapt) if mode == "hours" else refresh(Path(temporary), int(n))
     sys.exit(int(not met))

@@ -196,6 +196,7 @@ def test_an_absolute_key_is_the_path_itself_where_that_can_be_written(tmp_path, 
     assert absolute_key(tmp_path / "日本 'é'" / "a.wav") == str(tmp_path / "日本 'é'" / "a.wav")
     monkeypatch.chdir(tmp_path)
     assert absolute_key("b/../a.wav") == str(tmp_path / "a.wav")
+    assert absolute_key("/") == "/"
     for name in ODD_NAMES:
         path = tmp_path / os.fsdecode(name)
         key = absolute_key(path)

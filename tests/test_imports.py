@@ -17,7 +17,7 @@ LAYERS = {
         "config", "runs", "weights", "styles", "wording", "prompts", "grammar", "metrics", "intervals", "losses",
         "audio_files", "manifest_schema", "text_tables", "modality", "tables", "paper", "processes", "matching",
         "codebook", "audio_folder", "decoding", "nearest", "index_rows", "index_table",
-        "index_writing", "index_snapshot", "clips", "cli_options", "cli_progress",
+        "index_writing", "index_snapshot", "clips", "cli_options", "cli_progress", "memory",
     ),
     "data": (
         "manifests", "corpora", "provenance", "batches", "acoustics", "attributes", "captions", "trials", "scoring",

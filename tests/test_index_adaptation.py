@@ -17,7 +17,7 @@ from esr_utils import index as index_module
 from esr_utils.adaptation import AdaptationError, Statistics
 from esr_utils.config import SAMPLE_RATE
 from esr_utils.index import Index
-from esr_utils.index_rows import Embedded, File, IndexUnusable
+from esr_utils.index_rows import Embedded, File, IndexUnusable, IndexWriteError
 
 N = 30  # moments in a file
 
@@ -267,6 +267,25 @@ def test_two_processes_that_adapt_at_once_end_with_the_same_statistics(model, tm
 def test_long_files_are_adapted_piece_by_piece_to_the_same_vectors(model, tmp_path, monkeypatch):
     monkeypatch.setattr(adaptation, "AT_ONCE", 7)
     test_all_vectors_are_by_the_statistics_of_the_whole(model, tmp_path)
+
+
+def test_statistics_that_cannot_be_written_are_said_and_taken_later(model, tmp_path, monkeypatch):
+    index = Index.create(tmp_path / "index", model, adapt="all")
+    index.add([embedded(model, key, *about) for key, about in FILES.items()])
+
+    class Full:
+        def open_table(self, name):
+            raise ValueError(f"{name} was not found")
+
+        def create_table(self, *_, **__):
+            raise RuntimeError("lance error: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(index_adaptation, "connect", lambda uri: Full())
+        with pytest.raises(IndexWriteError, match="No space left on device"):
+            index_adaptation.adapt(index, model)
+    assert index_adaptation.adapt(index, model).files == len(FILES)
+    check(index, model, dict.fromkeys(FILES, of(*FILES.values())), **FILES)
 
 
 def test_how_it_adapts_is_fixed(model, tmp_path):

@@ -312,6 +312,11 @@ def test_a_refresh_of_one_folder_or_file_leaves_those_of_others(table, folder):
         table.refresh("audio", [("other/x", folder / "a")], of_files)
 
 
+def test_all_of_a_disk_is_a_folder_too(table, folder):
+    keys = [(str(path), path) for path in sorted(folder.iterdir())]
+    assert len(table.refresh("/", keys, of_files).new) == 4 and table.refresh("/", keys, of_files).unchanged == 4
+
+
 def test_two_folders_with_files_of_the_same_names_are_kept_apart_by_keys_from_the_root(table, folder):
     (folder / "c.wav").touch()
     (folder.parent / "audio two").mkdir()
