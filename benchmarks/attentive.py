@@ -26,7 +26,7 @@ from esr_utils.frame_cache import CACHE, FrameCache
 from esr_utils.retriever import StyleRetriever
 
 HIDDEN = 64  # units of a layer's network
-EVERY = 4  # th of the active frames is read: with all, three speeds take more memory than there is
+EVERY = 4  # every fourth active frame is read: all, at three speeds, take more memory than there is
 
 
 class Attention(nn.Module):

@@ -147,7 +147,8 @@ class Columns:
             return pd.DataFrame(index=moments.index)
         rows = self.rows.get(key, [])
         middles = (moments["start_s"] + moments["end_s"]) / 2
-        said = [_said(rows, *place) for place in zip(middles, moments["channel"], strict=True)]
+        apart = len({row.channel for row in rows} - {None}) > 1  # of a moment of all channels these say nothing
+        said = [_said(rows, apart, *place) for place in zip(middles, moments["channel"], strict=True)]
         columns = {name: [values.get(name) or None for values in said] for name in self.kinds}
         for name, kind in self.kinds.items():
             if kind == "Float64":
@@ -202,11 +203,11 @@ class Columns:
             yield Embedded(file, table, vectors, pooled, about["problem"], adapted)
 
 
-def _said(rows: list[Row], middle: float, channel: Any) -> dict[str, str]:
-    """What the first row that fits says of a moment."""
-    apart = len({row.channel for row in rows} - {None}) > 1  # of a moment of all channels these say nothing
+def _said(rows: list[Row], apart: bool, middle: float, channel: Any) -> dict[str, str]:
+    """What the first row that fits says of a moment; `apart`: a row of one channel fits no moment of all."""
+    every = pd.isna(channel)
     for row in rows:
-        of_channel = row.channel is None or (not apart if pd.isna(channel) else row.channel == channel)
+        of_channel = row.channel is None or (not apart if every else row.channel == channel)
         if row.start_s <= middle < row.end_s and of_channel:
             return row.values
     return {}
