@@ -102,6 +102,8 @@ def _index(options: Namespace) -> int:
         found = recordings.find(options.places, options.gone)  # before a model is loaded for nothing
     except NoAudio as error:
         raise NoAudio(f"{error}. If its recordings were removed for good, --gone drops them from the index") from None
+    if missing := found.labels.missing(found.files):
+        _say(f"labels name {len(missing)} files that are not there, such as {_shown(missing[0])}")
     known = ("off", "all", "file", "channel", "speaker", *found.labels.names())
     if options.adapt and options.adapt not in (*known, *_columns(options.index)):
         raise UsageError(f"--adapt {options.adapt}: it is off, all, or a column, here {', '.join(known[2:])}")

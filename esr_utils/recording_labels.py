@@ -17,6 +17,7 @@ language and style from there.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -100,6 +101,10 @@ class Labels:
     def names(self) -> list[str]:
         """Columns that are named in a labels.csv."""
         return list(dict.fromkeys(name for rows in self.rows.values() for row in rows for name in row.values))
+
+    def missing(self, files: Collection[str]) -> list[str]:
+        """Keys that are named, are not among these files, and of which there is no file."""
+        return [key for key in self.rows if key not in files and not _is_there(key)]
 
     def name_most(self, column: str, files: Collection[str]) -> bool:
         """Whether most of these files, by their keys, have a value in a column, if only for a part of them."""
@@ -211,6 +216,13 @@ def _said(rows: list[Row], apart: bool, middle: float, channel: Any) -> dict[str
         if row.start_s <= middle < row.end_s and of_channel:
             return row.values
     return {}
+
+
+def _is_there(key: str) -> bool:
+    try:
+        return os.path.exists(absolute_path(key))  # pathlib's raises on a name that is too long
+    except ValueError:  # no file has such a name
+        return False
 
 
 def _file(folder: Path) -> Path | None:

@@ -266,6 +266,14 @@ def test_a_bar_for_who_watches(esr, folder, tiny_run, tmp_path, monkeypatch):
     assert "4/4" in err and "x real time" in err and "real time" not in out
 
 
+def test_labels_of_files_that_are_not_there_are_told(esr, folder, tiny_run, tmp_path):
+    recordings_of = shutil.copytree(folder, tmp_path / "recordings")
+    (recordings_of / "labels.csv").write_text(f"path,speaker\none.flac,anna\ntypo.flac,ben\n\0,carl\n{'n' * 300},d\n")
+    arguments = ("--index", tmp_path / "index", "--run", tiny_run)
+    code, _, err = esr("index", recordings_of, *arguments)
+    assert code == OK and f"labels name 3 files that are not there, such as {recordings_of}/typo.flac" in err
+
+
 def test_labels_that_cannot_be_used(esr, own, tmp_path, folder):
     shutil.copy(folder / "one.flac", tmp_path)
     (tmp_path / "labels.csv").write_text("speaker\nanna\n")
