@@ -38,6 +38,10 @@ TABLE = "moments"
 # Of the file format: a later one decodes a column of one value, such as channel 0, whole for the sake of a single row.
 _STORAGE = {"new_table_data_storage_version": "2.1"}
 _KEY = b"esr"  # of the schema's metadata
+_NARROW, _WIDE = (
+    2048,
+    256,
+)  # rows read at a time, of which LanceDB holds several; pooled features are 14 kB a row
 
 
 class IndexTable:
@@ -198,7 +202,8 @@ class IndexTable:
 
     def batches(self, columns: Sequence[str], where: Expr) -> Iterator[pa.RecordBatch]:
         """Rows that meet a condition, with `_rowid`, piece by piece."""
-        yield from self.table.search().where(where).select(list(columns)).with_row_id(True).to_batches(2048)
+        size = _WIDE if "pooled" in columns else _NARROW
+        yield from self.table.search().where(where).select(list(columns)).with_row_id(True).to_batches(size)
 
     def rows(self, row_ids: NDArray[np.uint64], columns: Sequence[str]) -> pa.Table:
         """Rows by their `_rowid`, with it, in the order asked for."""

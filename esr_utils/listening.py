@@ -31,26 +31,46 @@ POOL_S = 300.0  # seconds of speech that wait to be embedded: 19 MB
 WAIT_S = 20.0  # seconds after which what waits is embedded, however little it is
 PART_S = 120.0  # seconds after which what there is so far of a file is given, and so is lost by a kill at most
 BATCH_S = 16.0  # seconds a forward pass, with what is padded: more is no faster on a CPU, and takes more memory
+_ROWS = 64  # moments of a file that there is room for from the start
 
 Place = tuple[float, float, int | None]  # start_s, end_s, channel
 Made = tuple[NDArray[np.floating], NDArray[np.floating]]  # of a moment: vector (d,), pooled features (p,)
 
 
+class _Rows:
+    """Rows (n, width) that come one by one, in any order. They are there once, however many: what is read is a view."""
+
+    def __init__(self, width: int, dtype: type) -> None:
+        self.rows = np.empty((_ROWS, width), dtype)
+
+    def __setitem__(self, place: int, row: NDArray[np.floating]) -> None:
+        if place >= len(self.rows):
+            before, self.rows = self.rows, np.empty((2 * place, self.rows.shape[1]), self.rows.dtype)
+            self.rows[: len(before)] = before
+        self.rows[place] = row
+
+
 class _Recording:
     """A file that is being heard: its moments, and what was made of them as far as it is there."""
 
-    def __init__(self, file: File, known: Mapping[Place, Made]) -> None:
-        """Args: known: what is there of its moments since it was interrupted, by their places."""
+    def __init__(self, file: File, known: Mapping[Place, Made], about: Mapping[str, Any]) -> None:
+        """
+        Args:
+            known: what is there of its moments since it was interrupted, by their places.
+            about: of the index.
+        """
         self.file, self.known, self.problem, self.given = file, known, "", time.monotonic()
         self.places: list[Place] = []
-        self.made: list[Made | None] = []
+        self.vectors, self.pooled = _Rows(about["dim"], np.float32), _Rows(about["pooled"], np.float16)
 
-    def embedded(self, about: Mapping[str, Any], problem: str) -> Embedded:
+    def put(self, place: int, made: Made) -> None:
+        self.vectors[place], self.pooled[place] = made
+
+    def embedded(self, problem: str) -> Embedded:
         table = pd.DataFrame(self.places, columns=["start_s", "end_s", "channel"])
         table = table.astype({"start_s": float, "end_s": float, "channel": "Int64"})
-        nothing = np.zeros((0, about["dim"]), np.float32), np.zeros((0, about["pooled"]), np.float16)
-        vectors, pooled = (np.stack(one) for one in zip(*self.made, strict=True)) if self.made else nothing
-        return Embedded(self.file, table, vectors, pooled if about["pooled"] else None, problem)
+        vectors, pooled = (one.rows[: len(table)] for one in (self.vectors, self.pooled))
+        return Embedded(self.file, table, vectors, pooled if pooled.shape[1] else None, problem)
 
 
 class Embedder:
@@ -82,11 +102,11 @@ class Embedder:
 
     def __call__(self, files: Iterable[File]) -> Iterator[Embedded]:
         for file in files:
-            one = _Recording(file, self.known(file) if self.known else {})
+            one = _Recording(file, self.known(file) if self.known else {}, self.about)
             for _ in self._hear(one):
                 yield from self._release()
                 if self.known and time.monotonic() - one.given >= PART_S and len(one.places) > len(one.known):
-                    yield one.embedded(self.about, UNFINISHED)
+                    yield one.embedded(UNFINISHED)
                     one.given = time.monotonic()
             self.files += 1
             self._tell(0.0)
@@ -118,7 +138,9 @@ class Embedder:
 
     def _take(self, one: _Recording, moment: Moment) -> None:
         place = (moment.start_s, moment.end_s, moment.channel)
-        if place not in one.known:
+        if place in one.known:
+            one.put(len(one.places), one.known[place])
+        else:
             try:
                 waveform = prepared(torch.from_numpy(moment.waveform), self.about["level"])
             except BadAudio:  # quieter than what counts as silence
@@ -126,7 +148,6 @@ class Embedder:
             self.waiting.append((one, len(one.places), waveform))
             self.waiting_s += len(waveform) / SAMPLE_RATE
         one.places.append(place)
-        one.made.append(one.known.get(place))
 
     def _is_time(self) -> bool:
         return self.waiting_s >= POOL_S or time.monotonic() - self.since >= WAIT_S
@@ -142,7 +163,7 @@ class Embedder:
             lengths = torch.tensor([len(waveform) for waveform in waveforms])
             padded = {"waveform": pad_sequence(waveforms, batch_first=True), "n_samples": lengths}
             for (one, place, _), *made in zip(batch, *self._made(padded), strict=True):
-                one.made[place] = tuple(made)
+                one.put(place, made)
             give_back()
         self.waiting, self.waiting_s, self.since = [], 0.0, time.monotonic()
 
@@ -163,7 +184,7 @@ class Embedder:
             self.report.embedded += 1
             self.report.moments += len(one.places)
             self.report.speech_s += sum(end - start for start, end, _ in one.places)
-            yield one.embedded(self.about, one.problem)
+            yield one.embedded(one.problem)
 
 
 def by_length(waiting: list[tuple[_Recording, int, torch.Tensor]]) -> Iterator[list]:

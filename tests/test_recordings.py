@@ -83,6 +83,7 @@ def check(found: pd.DataFrame, expected: pd.DataFrame) -> None:
 @pytest.mark.parametrize("pool_s", [listening.POOL_S, 5.0])
 def test_moments_are_embedded_as_one_by_one(folder, tiny_model, tmp_path, channels, pool_s, monkeypatch):
     monkeypatch.setattr(listening, "POOL_S", pool_s)
+    monkeypatch.setattr(listening, "_ROWS", 2)
     index = Index.create(tmp_path / "index", tiny_model, channels=channels)
     report = recordings.refresh(index, recordings.find(folder))
     expected = one_by_one(index, folder, channels)
@@ -345,6 +346,7 @@ def test_of_a_long_file_that_was_interrupted_nothing_is_embedded_again(
     expected = rows(whole)
     monkeypatch.setattr(listening, "POOL_S", 5.0)
     monkeypatch.setattr(listening, "PART_S", 0.0)
+    monkeypatch.setattr(listening, "_ROWS", 1)
     monkeypatch.setattr("esr_utils.index_writing._COMMIT_ROWS", 1)
     embedded, there = 0, [0]
     embed = listening.Embedder._embed
