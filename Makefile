@@ -33,7 +33,8 @@ results: .venv/installed  ## the README's table on real speech: make results ESR
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps resemblyzer==0.1.4  # its webrtcvad needs a compiler
-	$(BIN)/python -c "import librosa.core.audio, librosa.core.pitch"  # numba's cache: two that fill it at once would spoil it
+	# numba's caches: two processes that fill one at once would spoil it
+	$(BIN)/python -c "import umap" & umap=$$!; $(BIN)/python -c "import librosa.core.audio, librosa.core.pitch" && wait $$umap
 	touch $@
 
 .venv/scale: .venv/installed requirements-scale.txt  # Ray, which only 12_scale_out and its tests need

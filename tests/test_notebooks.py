@@ -18,19 +18,25 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(folder):
+def mini(data_root):
+    """The notebooks' parameters for "mini", by the default backbones."""
+    return {"corpora": "mini", "data_root": str(data_root)}
+
+
+@pytest.fixture(scope="module")
+def trained(folder, mini):
     """A run folder as 03 writes it, from the notebooks' own folder as working directory."""
     run = folder / "train"
-    execute("03_train", folder, cwd=runs.PROJECT / "notebooks", run=str(run), max_steps=30, epochs=8)
+    execute("03_train", folder, cwd=runs.PROJECT / "notebooks", run=str(run), epochs=8, **mini)
     return run
 
 
-def test_quickstart_trains_evaluates_plots_searches_and_can_be_heard(folder):
+def test_quickstart_trains_evaluates_plots_searches_and_can_be_heard(folder, mini):
     run = folder / "quick"
-    shown = execute("00_quickstart", folder, run=str(run), max_steps=40)
+    shown = execute("00_quickstart", folder, run=str(run), max_steps=40, **mini)
     results = runs.read_json(run / "results.json")
-    assert results["demo/n_candidates"] == 401
-    assert 0 <= results["demo/seen/r@1"] <= results["demo/seen/r@10"] <= 1
+    assert results["mini/n_candidates"] == 1 + 12  # the clips of the other two styles
+    assert 0 <= results["mini/seen/r@1"] <= results["mini/seen/r@10"] <= 1
     assert (run / "best" / "model.safetensors").is_file()
     figures = {path.name for path in (run / "figures").iterdir()}
     assert figures == {f"{name}.{kind}" for name in ("training", "recall", "joint_space") for kind in ("png", "svg")}
@@ -45,7 +51,7 @@ def test_prompt_notebook_finds_no_clash_and_writes_the_map(folder):
 
 def test_training_notebook_writes_a_run_that_others_read(trained):
     config = runs.read_json(trained / "config.json")
-    assert config["corpora"] == ["demo"] and config["training"]["max_steps"] == 30
+    assert config["corpora"] == ["mini"] and config["training"]["epochs"] == 8
     assert [line["stage"] for line in runs.read_metrics(trained)][0] == "classify"
 
 
