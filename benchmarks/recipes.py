@@ -7,8 +7,8 @@ Each recipe is `ModelConfig.released()` and `TrainConfig.released()` but for one
 speakers of the one left out: no test split is read. Prints Markdown: differences from the released recipe, paired by
 replicate (speakers, then their utterances, and seeds), with 95 % intervals; `mean` is that of the corpora. Most of the
 released recipe was chosen on speakers of RAVDESS and EmoDB who are among those tested here, which flatters it. Keeps
-runs in runs/recipes/ and runs/adaptation/; interrupted, it goes on where it was. Recipes that are named are trained, and nothing is printed: so
-several processes can share them.
+runs in runs/recipes/ and runs/adaptation/; interrupted, it goes on where it was. Recipes that are named are trained,
+and nothing is printed: so several processes can share them.
 """
 
 from __future__ import annotations
