@@ -65,10 +65,8 @@ def row(recipe: str, way: str, metric: str) -> dict:
     seeds = SEEDS_OF.get(recipe, SEEDS)
     found: dict = {"recipe": recipe, "seeds": len(seeds)}
     for corpus in ("mean", *CORPORA):
-        (before, drawn_before), (after, drawn) = (
-            measured("released", seeds)[corpus, way],
-            measured(recipe, seeds)[corpus, way],
-        )
+        before, drawn_before = measured("released", seeds)[corpus, way]
+        after, drawn = measured(recipe, seeds)[corpus, way]
         one = adaptation.gained(before[metric], after[metric], drawn_before[metric], drawn[metric])
         found[corpus] = f"{after[metric]:.2f}" if recipe == "released" else one
     return found

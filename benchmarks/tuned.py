@@ -27,16 +27,11 @@ AFTERWARDS = {
 
 
 class Trainer(training._Trainer):
-    """Begins where a run on frozen features has ended."""
+    """Begins where a run on frozen features has ended, which says nothing of the backbone that it left as it was."""
 
     def __init__(self, begun: Path, *args) -> None:
         super().__init__(*args)
-        begin(self.objective.retriever, begun)
-
-
-def begin(model: StyleRetriever, folder: Path) -> None:
-    """All that a run has trained. It says nothing of a backbone that it has left as it was."""
-    model.load_state_dict(load_file(folder / "best" / "model.safetensors"), strict=False)
+        self.objective.retriever.load_state_dict(load_file(begun / "best" / "model.safetensors"), strict=False)
 
 
 def left_out(corpus: str, seed: int, folder: Path, model_config: ModelConfig, config: TrainConfig) -> LeftOut:

@@ -38,10 +38,8 @@ TABLE = "moments"
 # Of the file format: a later one decodes a column of one value, such as channel 0, whole for the sake of a single row.
 _STORAGE = {"new_table_data_storage_version": "2.1"}
 _KEY = b"esr"  # of the schema's metadata
-_NARROW, _WIDE = (
-    2048,
-    256,
-)  # rows read at a time, of which LanceDB holds several; pooled features are 14 kB a row
+_NARROW = 2048  # rows read at a time, of which LanceDB holds several
+_WIDE = 256  # the same with pooled features, which are 14 kB a row
 
 
 class IndexTable:

@@ -502,10 +502,13 @@ def test_ctrl_c_that_a_library_swallows_ends_it_all_the_same(esr, own, folder, t
 
     monkeypatch.setattr(listening, "moments", swallowing)
     shutil.copy(folder / "call.wav", tmp_path)
-    before = signal.getsignal(signal.SIGINT)  # whoever started this may have it ignored
-    code, out, err = esr("index", tmp_path / "call.wav", "--index", own)
-    assert (code, out) == (INTERRUPTED, "") and "run the same command again" in err
-    assert signal.getsignal(signal.SIGINT) is before
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started this may have it ignored
+    try:
+        code, out, err = esr("index", tmp_path / "call.wav", "--index", own)
+        assert (code, out) == (INTERRUPTED, "") and "run the same command again" in err
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def open_files(pid: int) -> str:

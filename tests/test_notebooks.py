@@ -27,7 +27,7 @@ def mini(data_root):
 def trained(folder, mini):
     """A run folder as 03 writes it, from the notebooks' own folder as working directory."""
     run = folder / "train"
-    execute("03_train", folder, cwd=runs.PROJECT / "notebooks", run=str(run), epochs=8, **mini)
+    execute("03_train", folder, cwd=runs.PROJECT / "notebooks", run=str(run), max_steps=30, epochs=40, **mini)
     return run
 
 
@@ -51,7 +51,7 @@ def test_prompt_notebook_finds_no_clash_and_writes_the_map(folder):
 
 def test_training_notebook_writes_a_run_that_others_read(trained):
     config = runs.read_json(trained / "config.json")
-    assert config["corpora"] == ["mini"] and config["training"]["epochs"] == 8
+    assert config["corpora"] == ["mini"] and config["training"]["max_steps"] == 30
     assert [line["stage"] for line in runs.read_metrics(trained)][0] == "classify"
 
 

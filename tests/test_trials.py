@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from esr_utils import metrics
+from esr_utils.manifests import load_corpora
 from esr_utils.trials import KS, Trials, build_trials, evaluate_trials, trial_values
 
 
@@ -54,6 +55,10 @@ def test_one_positive_and_distractors_of_other_styles(manifest, trials):
         assert np.all(styles[rows[:, 1:]] != style)
         assert all(len(set(row)) == 26 for row in rows)
     assert trials.n_candidates == 26 and trials.protocol == "1-in-26"
+
+
+def test_the_demo_corpus_has_the_papers_trials():
+    assert build_trials(load_corpora("demo"), "demo", "test").protocol == "1-in-401"
 
 
 def test_every_clip_is_drawn_equally_often(manifest):
