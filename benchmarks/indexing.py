@@ -25,7 +25,6 @@ os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
 
 import numpy as np
 import pandas as pd
-import silero_vad
 import soundfile
 import soxr
 import torch
@@ -74,6 +73,8 @@ def ours(index: Index, folder: Path) -> int:
 
 @torch.no_grad()
 def plain(index: Index, folder: Path) -> int:
+    import silero_vad  # here: it sets torch's threads to 1
+
     vad, made = silero_vad.load_silero_vad(), []
     for key, path in recordings.find(folder).files.items():
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
@@ -98,7 +99,7 @@ def measure(system, folder: Path, warm_up: Path, place: Path, seconds: float, an
     threads = torch.get_num_threads()
     model = recordings.load_retriever()[0]
     system(Index.create(place / "warm-up", model), warm_up)
-    torch.set_num_threads(threads)  # silero-vad's import sets it to 1
+    torch.set_num_threads(threads)  # as before silero-vad was imported
     index = Index.create(place / "index", model)
     started = time.perf_counter()
     n = system(index, folder)
