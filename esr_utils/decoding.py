@@ -13,9 +13,12 @@ import re
 import shutil
 import struct
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from threading import Lock
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import soundfile
@@ -27,7 +30,10 @@ from esr_utils.audio_files import LENGTH_TOLERANCE_S, MAX_FRAMES, AudioError
 BLOCK_S = 10  # seconds read at a time
 _UNKNOWN_BYTES = (1 << 31) - (1 << 16)  # a size from here on, in the header of a stream, says that it is not known
 _PROTECTED = r"\((drms|enca|aavd) /"  # sample entries of iTunes, of MPEG-4 common encryption, of Audible
+_QUIET = Lock()  # file descriptor 2 is the whole process's
 _AU = struct.Struct(">4s5I")  # magic, bytes before the samples, bytes of samples, encoding, Hz, channels
+
+P, T = ParamSpec("P"), TypeVar("T")
 
 
 class NotNowError(AudioError):
@@ -61,6 +67,24 @@ def sndfile_name(path: Path) -> str | bytes:
     return os.fsencode(path) if os.name == "posix" else str(path)
 
 
+def _quietly(read: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+    """What a call returns, without what it writes to stderr in a notebook, which would show it among the results.
+
+    libmpg123 speaks of errors in sound MP3s of LAME too, above all of variable bit rate, and decodes them all the same.
+    The sys.stderr of a notebook is not file descriptor 2, so nothing of Python's is lost; elsewhere nothing is changed.
+    """
+    if sys.stderr is sys.__stderr__:
+        return read(*arguments, **options)
+    with _QUIET, open(os.devnull, "wb") as nowhere:
+        before = os.dup(2)
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            return read(*arguments, **options)
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+
+
 def read_blocks(path: Path, first: int = 0, last: int | None = None) -> Iterator[NDArray[np.float32]]:
     """(S, C) samples of a file that libsndfile reads, or of its range, 10 s at a time.
 
@@ -68,10 +92,10 @@ def read_blocks(path: Path, first: int = 0, last: int | None = None) -> Iterator
         AudioError: it does not decode, or holds NaN.
     """
     try:
-        with soundfile.SoundFile(sndfile_name(path)) as file:
-            file.seek(first)
-            left = (file.frames if last is None else min(last, file.frames)) - first
-            while left > 0 and len(block := file.read(min(left, BLOCK_S * file.samplerate), "float32", always_2d=True)):
+        with _quietly(soundfile.SoundFile, sndfile_name(path)) as file:
+            _quietly(file.seek, first)
+            left, most = (file.frames if last is None else min(last, file.frames)) - first, BLOCK_S * file.samplerate
+            while left > 0 and len(block := _quietly(file.read, min(left, most), "float32", always_2d=True)):
                 left -= len(block)
                 yield _finite(block)
     except soundfile.LibsndfileError as error:
@@ -101,7 +125,7 @@ def decode(path: Path) -> Iterator[tuple[NDArray[np.float32], int]]:
     """
     _check_file(path)
     try:
-        info = soundfile.info(sndfile_name(path), verbose=True)
+        info = _quietly(soundfile.info, sndfile_name(path), verbose=True)
     except (soundfile.LibsndfileError, TypeError) as error:  # the latter of a name that ends in .raw
         blocks = _by_ffmpeg(path, getattr(error, "error_string", "of no kind that it knows"))
     else:
@@ -127,7 +151,7 @@ def read_spans(path: Path, spans: Sequence[tuple[float, float | None]]) -> tuple
     """
     _check_file(path)
     try:
-        info = soundfile.info(sndfile_name(path))
+        info = _quietly(soundfile.info, sndfile_name(path))
     except (soundfile.LibsndfileError, TypeError):
         return _pass_over(path, spans)
     rate, pieces = info.samplerate, []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +74,19 @@ def test_plain_files_are_read_without_ffmpeg(tmp_path, no_ffmpeg, kind):
     samples, found_rate = whole(write(tmp_path / f"a.{kind}", tone(3, rate), rate, **options))
     assert found_rate == rate and samples.shape[1] == 2 and samples.dtype == np.float32
     assert len(samples) / rate == pytest.approx(3, abs=0.06) and starts_s(samples, rate) == pytest.approx(1, abs=0.06)
+
+
+def test_a_notebook_does_not_show_what_libmpg123_says(tmp_path, monkeypatch, capfd):
+    path = write(tmp_path / "a.mp3", tone(5))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 400] = np.random.default_rng(0).bytes(400)
+    path.write_bytes(data)
+    for stderr, heard in ((io.StringIO(), False), (sys.__stderr__, True)):  # a notebook's is no file; a script's is
+        monkeypatch.setattr(sys, "stderr", stderr)
+        assert len(decoding.read_spans(path, [(0.5, 4.5)])[0][0])
+        os.write(2, b"and what others say")
+        said = capfd.readouterr().err
+        assert said.endswith("and what others say") and ("MPEG" in said) == heard == (len(said) > 19), said
 
 
 @pytest.mark.parametrize("kind", ["m4a", "mp4", "mka", "aac", "wma", "webm", "amr"])
