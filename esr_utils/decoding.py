@@ -1,5 +1,5 @@
 """Audio of any file, a block at a time: libsndfile reads wav, flac, ogg, opus and mp3; ffmpeg, where there is one, the
-rest.
+rest, and those of which libsndfile would read a part only, since their headers do not tell how long they are.
 
 Hours need no more memory than a block of 10 s.
 """
@@ -29,9 +29,12 @@ from esr_utils.audio_files import LENGTH_TOLERANCE_S, MAX_FRAMES, AudioError
 
 BLOCK_S = 10  # seconds read at a time
 _UNKNOWN_BYTES = (1 << 31) - (1 << 16)  # a size from here on, in the header of a stream, says that it is not known
+_WAV_SIZES = 1 << 32  # in a WAV sizes are of 32 bits: a larger one begins at 0 again
 _PROTECTED = r"\((drms|enca|aavd) /"  # sample entries of iTunes, of MPEG-4 common encryption, of Audible
 _QUIET = Lock()  # file descriptor 2 is the whole process's
 _AU = struct.Struct(">4s5I")  # magic, bytes before the samples, bytes of samples, encoding, Hz, channels
+# Of the first frame of an MP3, as Xing or Fraunhofer have it: bytes of the whole stream, if frames are told as well.
+_MP3_BYTES = re.compile(rb"(?:Xing|Info)...[\x03\x07\x0b\x0f].{4}(.{4})|VBRI.{6}(.{4})", re.DOTALL)
 
 P, T = ParamSpec("P"), TypeVar("T")
 
@@ -42,6 +45,10 @@ class NotNowError(AudioError):
 
 class NoFfmpegError(NotNowError):
     """A file that only ffmpeg reads, where there is none; the message says how to get it."""
+
+
+class ForFfmpegError(Exception):
+    """A file that libsndfile does not read, or not to its end; the message begins a sentence that asks for ffmpeg."""
 
 
 def find_ffmpeg() -> str:
@@ -58,7 +65,7 @@ def find_ffmpeg() -> str:
         return imageio_ffmpeg.get_ffmpeg_exe()
     raise NoFfmpegError(
         "needs ffmpeg, which is not there: install it (apt install ffmpeg, brew install ffmpeg, or pip install "
-        "imageio-ffmpeg); wav, flac, ogg, opus and mp3 files are read without it"
+        "imageio-ffmpeg); wav, flac, ogg, opus and mp3 files that tell how long they are are read without it"
     )
 
 
@@ -125,11 +132,9 @@ def decode(path: Path) -> Iterator[tuple[NDArray[np.float32], int]]:
     """
     _check_file(path)
     try:
-        info = _quietly(soundfile.info, sndfile_name(path), verbose=True)
-    except (soundfile.LibsndfileError, TypeError) as error:  # the latter of a name that ends in .raw
-        blocks = _by_ffmpeg(path, getattr(error, "error_string", "of no kind that it knows"))
-    else:
-        blocks = _by_sndfile(path, info)
+        blocks = _by_sndfile(path, sndfile_info(path))
+    except ForFfmpegError as error:
+        blocks = _by_ffmpeg(path, str(error))  # the error itself would keep this frame, and so ffmpeg, alive
     silent = True
     for block, rate in blocks:
         silent = False
@@ -151,8 +156,8 @@ def read_spans(path: Path, spans: Sequence[tuple[float, float | None]]) -> tuple
     """
     _check_file(path)
     try:
-        info = _quietly(soundfile.info, sndfile_name(path))
-    except (soundfile.LibsndfileError, TypeError):
+        info = sndfile_info(path)
+    except ForFfmpegError:
         return _pass_over(path, spans)
     rate, pieces = info.samplerate, []
     for start, end in spans:
@@ -187,12 +192,45 @@ def _check_file(path: Path) -> None:
         raise AudioError(f"cannot be opened: {error.strerror}") from None
 
 
+def sndfile_info(path: Path):
+    """What libsndfile says of a file that it reads whole.
+
+    Raises:
+        ForFfmpegError: it does not.
+    """
+    try:
+        info = _quietly(soundfile.info, sndfile_name(path), verbose=True)
+    except (soundfile.LibsndfileError, TypeError) as error:  # the latter of a name that ends in .raw
+        complaint = getattr(error, "error_string", "of no kind that it knows").rstrip(".")
+        raise ForFfmpegError(f"is not readable as audio ({complaint}), or") from None
+    # Of 0 frames is a WAV whose writer was ended; of unknown many what was written to a pipe, and joined Ogg files.
+    if not 0 < info.frames < MAX_FRAMES or info.format == "MP3" and not _is_measured(path):
+        raise ForFfmpegError("does not tell how long it is, and")
+    return info
+
+
+def _is_measured(path: Path) -> bool:
+    """Whether an MP3 tells how many bytes it has, and has no more.
+
+    Where it does not tell, libsndfile takes all frames to be as large as the first, and reads no further than that; and
+    of files that were joined it knows what the first told.
+    """
+    with path.open("rb") as file:
+        at = 0
+        while (tag := file.read(10))[:3] == b"ID3" and len(tag) == 10:
+            at += 10 + sum(byte << shift for byte, shift in zip(tag[6:], (21, 14, 7, 0), strict=True))
+            file.seek(at)
+        file.seek(at)
+        found = _MP3_BYTES.search(file.read(1 << 13))
+        there = os.fstat(file.fileno()).st_size - at
+    return found is not None and there - found.start() <= 1.01 * int.from_bytes(found[1] or found[2]) + 128  # ID3v1
+
+
 def _by_sndfile(path: Path, info) -> Iterator[tuple[NDArray[np.float32], int]]:
-    frames = 0
+    frames, promised = 0, info.frames
     for block in read_blocks(path):
         frames += len(block)
         yield block, info.samplerate
-    promised = info.frames if info.frames < MAX_FRAMES else frames
     # libsndfile takes the length of a WAV or AIFF that is cut short from the file, and notes what its header said.
     if found := re.search(r"(?:data|SSND) : (\d+) \(should be (\d+)\)", info.extra_info):
         claimed, there = int(found[1]), int(found[2])
@@ -200,14 +238,20 @@ def _by_sndfile(path: Path, info) -> Iterator[tuple[NDArray[np.float32], int]]:
             promised = max(promised, round(frames * claimed / max(there, 1)))
     if (missing := (promised - frames) / info.samplerate) > LENGTH_TOLERANCE_S:
         raise AudioError(f"is cut short: {missing:.2f} s less audio than its header says")
+    align = re.search(r"Block Align *: (\d+)", info.extra_info)  # of a WAV: bytes of one sample of all channels
+    if align and path.stat().st_size - frames * int(align[1]) >= _WAV_SIZES:
+        raise AudioError(
+            f"is a WAV of over 4 GB, of which its header can tell {frames / info.samplerate:.0f} s only: make a FLAC "
+            "of it (ffmpeg -ignore_length 1 -i FILE FILE.flac)"
+        )
 
 
-def _by_ffmpeg(path: Path, complaint: str) -> Iterator[tuple[NDArray[np.float32], int]]:
-    """Args: complaint: libsndfile's, which says more where there is no ffmpeg to try."""
+def _by_ffmpeg(path: Path, why: str) -> Iterator[tuple[NDArray[np.float32], int]]:
+    """Args: why: libsndfile's, which says more where there is no ffmpeg to try."""
     try:
         program = find_ffmpeg()
     except NoFfmpegError as error:
-        raise NoFfmpegError(f"is not readable as audio ({complaint.rstrip('.')}), or {error}") from None
+        raise NoFfmpegError(f"{why} {error}") from None
     source = ["-nostdin", "-hide_banner", "-i", b"file:" + os.fsencode(path)]
     _check_track([program, *source])
     # AU is the plainest format that says its rate and channels before its samples, however many there will be.

@@ -77,10 +77,7 @@ def of_file(path: Path, model: Retriever | None, level: Level) -> NDArray[np.flo
         raise QueryError(f"{printable(path)} is neither the id of a moment of this index nor an audio file")
     if model is None:
         raise QueryError("this index was opened without a model, which an audio file needs: Index.open(uri, model)")
-    try:
-        recording = Recording.from_file(path)
-    except Exception:  # what lhotse does not read, perhaps ffmpeg does
-        recording = Recording.from_bytes(_as_wav(path), str(path))
+    recording = Recording.from_bytes(_as_wav(path), str(path))
     if recording.duration > MAX_EXAMPLE_S:
         raise QueryError(
             f"{printable(path)} is longer than {MAX_EXAMPLE_S:g} s, which an example lasts at most: cut out the part "

@@ -133,6 +133,71 @@ def test_blocks_are_short_and_make_no_seams(tmp_path):
     np.testing.assert_array_equal(samples, tone(25))
 
 
+def piped(source: Path, target: Path, kind: str) -> Path:
+    """As a program writes what it cannot go back in."""
+    program = pytest.importorskip("imageio_ffmpeg", reason="needs the package imageio-ffmpeg").get_ffmpeg_exe()
+    command = [program, "-v", "error", "-i", source, *(["-q:a", "4"] if kind == "mp3" else []), "-f", kind, "pipe:1"]
+    target.write_bytes(subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE).stdout)
+    return target
+
+
+def of_unknown_length(kind: str, folder: Path) -> tuple[Path, float]:
+    """A file, and how many seconds it lasts, of which libsndfile would read less or complain of its end."""
+    quiet = np.random.default_rng(0).normal(0, 1, (34 * RATE, 1)) * np.repeat([0.001, 0.1], 17 * RATE)[:, None]
+    source = write(folder / "source.wav", quiet)
+    name, _, how = kind.partition(" ")
+    path = folder / f"a.{name}"
+    match how:
+        case "piped":
+            return piped(source, path, name), 34
+        case "without header":
+            return convert(source, path, "-write_xing", "0", "-b:a", "64k"), 34
+        case "joined":
+            codec = {"ogg": "libvorbis", "opus": "libopus", "mp3": "libmp3lame"}[name]
+            options = ["-c:a", codec, "-metadata", f"title={'x' * 9000}"]
+            other = [] if name == "mp3" else ["-serial_offset", "7"]
+            one, two = (
+                convert(source, folder / f"1.{name}", *options),
+                convert(source, folder / f"2.{name}", *options, *other),
+            )
+            path.write_bytes(one.read_bytes() + two.read_bytes())
+            return path, 68
+        case _:  # of a writer that was ended before it could tell
+            content = bytearray(source.read_bytes())
+            content[4:8] = content[40:44] = bytes(4)
+            path.write_bytes(content)
+            return path, 34
+
+
+UNKNOWN = ["mp3 piped", "mp3 without header", "mp3 joined", "ogg joined", "opus joined", "flac piped", "wav ended"]
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_files_that_do_not_tell_how_long_they_are_are_heard_to_their_end(tmp_path, kind):
+    path, seconds = of_unknown_length(kind, tmp_path)
+    samples, rate = whole(path)
+    assert len(samples) / rate == pytest.approx(seconds, abs=0.2)
+    assert np.flatnonzero(np.abs(samples) > 0.05)[0] / rate == pytest.approx(17, abs=0.1)
+    (piece, rest), found_rate = decoding.read_spans(path, [(16.5, 18), (seconds - 2, None)])
+    np.testing.assert_array_equal(piece, samples[round(16.5 * rate) : 18 * rate])
+    assert found_rate == rate and len(rest) / rate == pytest.approx(2, abs=0.2)
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_files_that_do_not_tell_how_long_they_are_are_not_read_in_part(tmp_path, no_ffmpeg, kind):
+    path, _ = of_unknown_length(kind, tmp_path)
+    for read in (lambda: list(decode(path)), lambda: decoding.read_spans(path, [(1, 2)])):
+        with pytest.raises(NoFfmpegError, match="does not tell how long it is, and needs ffmpeg"):
+            read()
+
+
+@pytest.mark.parametrize("options", [["-q:a", "4"], ["-b:a", "64k"]], ids=["variable", "constant"])
+def test_an_mp3_that_tells_how_long_it_is_needs_no_ffmpeg(tmp_path, no_ffmpeg, wav, options):
+    path = convert(wav, tmp_path / "a.mp3", *options, "-metadata", f"comment={'x' * 100_000}", "-write_id3v1", "1")
+    samples, rate = whole(path)
+    assert len(samples) == 3 * rate and starts_s(samples, rate) == pytest.approx(1, abs=0.06)
+
+
 def test_times_are_those_of_the_file_where_sound_begins_late(tmp_path, wav):
     """Sound that starts 0.7 s after the picture: its tone is at 1.7 s of what a player shows."""
     picture = ["-f", "lavfi", "-i", "color=duration=3:size=16x16:rate=5", "-map", "1:v", "-map", "0:a"]
@@ -249,6 +314,16 @@ def test_a_file_cut_short_gives_what_is_there_and_then_says_so(tmp_path, kind):
     with pytest.raises(AudioError, match="is cut short|does not decode"):
         found.extend(block for block, _ in decode(path))
     assert 9.9 < sum(map(len, found)) / RATE < 16
+
+
+def test_a_wav_of_over_4_gb_is_not_taken_for_its_rest(tmp_path, wav):
+    """Its header has the length modulo 2**32, as ffmpeg writes it; the file here has a hole."""
+    with wav.open("r+b") as file:
+        file.truncate(wav.stat().st_size + (1 << 32))
+    found = []
+    with pytest.raises(AudioError, match=r"over 4 GB, of which its header can tell 3 s only: make a FLAC"):
+        found.extend(block for block, _ in decode(wav))
+    assert sum(map(len, found)) == 3 * RATE
 
 
 def test_damage_in_the_middle(tmp_path):

@@ -1,7 +1,7 @@
 """Video and audio files: which there are, and their sound as FLAC at 44.1 kHz.
 
-libsndfile reads wav, flac, ogg, opus and mp3; everything else goes through ffmpeg. Sound is read, resampled and written
-in blocks, so that an hour needs no more memory than a minute.
+libsndfile reads wav, flac, ogg, opus and mp3 (see `decoding`); everything else goes through ffmpeg. Sound is read,
+resampled and written in blocks, so that an hour needs no more memory than a minute.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from esr_utils.audio_files import AudioError
 from esr_utils.audio_folder import AUDIO, PLAIN, VIDEO, printable
-from esr_utils.decoding import NoFfmpegError, find_ffmpeg, read_blocks, sndfile_name
+from esr_utils.decoding import ForFfmpegError, NoFfmpegError, find_ffmpeg, read_blocks, sndfile_info
 from esr_utils.runs import atomic_path
 
 SOUND_RATE = 44_100  # Hz; what the separator is trained on
@@ -93,9 +93,9 @@ def extract_sound(source: Path, target: Path) -> None:
         MiningError: it needs ffmpeg, which is not there.
     """
     try:
-        info = soundfile.info(sndfile_name(source))
-    except (soundfile.LibsndfileError, OSError) as error:
-        _by_ffmpeg(source, target, getattr(error, "error_string", str(error)))
+        info = sndfile_info(source)
+    except ForFfmpegError as error:
+        _by_ffmpeg(source, target, str(error))
     else:
         mono = info.channels != 2  # of more than two, which is which is not known
         blocks = (block.mean(axis=1, keepdims=True) if mono else block for block in read_blocks(source))
@@ -105,13 +105,13 @@ def extract_sound(source: Path, target: Path) -> None:
         raise AudioError("holds no sound")
 
 
-def _by_ffmpeg(source: Path, target: Path, complaint: str) -> None:
-    """Args: complaint: libsndfile's, for a file of a kind that it should read where there is no ffmpeg to try."""
+def _by_ffmpeg(source: Path, target: Path, why: str) -> None:
+    """Args: why: libsndfile's, for a file of a kind that it should read where there is no ffmpeg to try."""
     try:
         program = find_ffmpeg()
     except NoFfmpegError as error:
         if source.suffix.lower() in PLAIN:
-            raise AudioError(f"is not readable as audio: {complaint}") from None
+            raise AudioError(f"{why} {error}") from None
         raise MiningError(str(error)) from None
     command = [program, "-nostdin", "-v", "error", "-y", "-i", f"file:{source}"]
     with atomic_path(target) as temporary:
