@@ -143,6 +143,14 @@ def absolute_path(key: str) -> Path:
     return path_of(key.removeprefix("/"), "/")
 
 
+def path_or_key(key: str) -> str:
+    """Where the file of an `absolute_key` is; in a table that another program filled, its name there."""
+    try:
+        return str(absolute_path(key))
+    except ValueError:
+        return key
+
+
 def printable(path: str | Path) -> str:
     """A path for people to read on one line: what cannot be printed or encoded is replaced."""
     name = os.fsencode(path).decode("utf-8", "replace")

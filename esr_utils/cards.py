@@ -16,7 +16,7 @@ import io
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -24,9 +24,13 @@ import soundfile
 import soxr
 from numpy.typing import NDArray
 
-from esr_utils.audio_folder import absolute_path, printable
+from esr_utils.audio_folder import absolute_path, path_or_key, printable
 from esr_utils.config import SAMPLE_RATE
 from esr_utils.decoding import read_spans
+
+if TYPE_CHECKING:
+    from esr_utils.index import Index
+    from esr_utils.index_rows import Report
 
 MAX_S = 30.0  # seconds of a hit that are shown and played: a moment is shorter, a whole file may be hours long
 _COLUMNS, _HEIGHT = 240, 100  # of a picture, which is stretched to its card
@@ -111,14 +115,7 @@ def given(row: dict[str, Any], column: str) -> float | None:
 
 def file_name(key: str) -> str:
     """A file's own name, for people to read."""
-    return printable(_path(key).rpartition("/")[2])
-
-
-def _path(key: str) -> str:
-    try:
-        return str(absolute_path(key))
-    except ValueError:  # of an index that was filled by another program
-        return key
+    return printable(path_or_key(key).rpartition("/")[2])
 
 
 def times(hit: dict[str, Any]) -> str:
@@ -145,10 +142,10 @@ def card(hit: dict[str, Any], clip: Clip, labels: Sequence[str] = ()) -> str:
         labels: columns that are shown too, where they hold something.
     """
     said = [f"{name}: {hit[name]}" for name in labels if not pd.isna(hit[name]) and hit[name] != ""]
-    below = f"{100 * hit['percentile']:.1f} %"
+    below, path = f"{100 * hit['percentile']:.1f} %", printable(path_or_key(hit["file"]))
     return (
         f'<div class="esr-card"><div class="esr-head"><span>{hit["rank"]}</span>'
-        f'<span class="esr-file" title="{_escaped(printable(_path(hit["file"])))}">{_escaped(file_name(hit["file"]))}'
+        f'<span class="esr-file" title="{_escaped(path)}">{_escaped(file_name(hit["file"]))}'
         f'</span><span class="esr-when">{times(hit)}</span>'
         f'<span class="esr-score" title="cosine; {below} of the index scores below">'
         f"<b>{hit['score']:.2f}</b> above {below}</span></div>"
@@ -172,6 +169,19 @@ def table(hits: pd.DataFrame, labels: Sequence[str] = ()) -> str:
         rows.append(f"<tr>{cells}<td>{_player(clip, hit['rank'])}</td></tr>")
     head = "".join(f"<th>{_escaped(name)}</th>" for name in (*columns, "listen"))
     return f"{STYLE}<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def notes(index: Index, report: Report) -> str:
+    """What there is to know before an index is searched: files that could not be used, or not whole, and why; groups
+    that are not adapted to."""
+    files = index.files()
+    told = files.loc[files["problem"] != "", "problem"].to_dict() | report.left_out
+    rows = [(printable(path_or_key(key)), why) for key, why in told.items()]
+    rows += [(group or "all", why) for group, why in report.not_adapted(index.about["adapt"]).items()]
+    if not rows:
+        return "<p>Every file could be used.</p>"
+    with pd.option_context("display.max_colwidth", None):
+        return pd.DataFrame(rows, columns=["of", "note"]).to_html(index=False)
 
 
 def problem(message: str) -> str:

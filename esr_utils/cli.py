@@ -112,9 +112,8 @@ def _index(options: Namespace) -> int:
         report = recordings.refresh(index, found, bar)
     for key, reason in (report.problems | report.left_out).items():
         _say(f"{_shown(key)}: {reason}")
-    for group, n in report.few_styles.items():
-        of = f"of {index.about['adapt']} {group}" if group else "of this index as a whole"
-        _say(f"the moments {of} seem to be of few styles (about {n:.1f}), so they are not adapted to")
+    for sentence in report.not_adapted(index.about["adapt"]).values():
+        _say(sentence)
     files = index.files()
     about = {
         "embedded": report.embedded, "moments": report.moments, "speech_s": round(report.speech_s, 3),
@@ -180,12 +179,16 @@ def _stats(options: Namespace) -> int:
 
 def _export(options: Namespace) -> int:
     from esr_utils import clips
+    from esr_utils.cli_progress import quiet_libraries
 
+    if not options.to:
+        raise UsageError("an empty path, perhaps of a variable that is not set: name --to")
     hits = _hits(options) if _has_query(options) else _read_hits(options)
     if hits.empty:
         _say("nothing was found, so there is nothing to cut")
         return NOTHING
-    table = clips.export(hits, options.to)
+    with quiet_libraries():
+        table = clips.export(hits, options.to)
     bad = table[table["problem"] != ""]
     for key, reason in zip(bad["file"], bad["problem"], strict=True):
         _say(f"{_shown(key)}: {reason}")
@@ -271,11 +274,11 @@ def _read_hits(options: Namespace) -> pd.DataFrame:
         found = json.load(sys.stdin)
         valid = isinstance(found, list) and all(isinstance(hit, dict) and isinstance(hit["file"], str) for hit in found)
         times = [hit.get(name) for hit in found for name in ("start_s", "end_s", "channel")] if valid else []
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, RecursionError):
         valid = False
     if not valid or not all(t is None or isinstance(t, int | float) and 0 <= t < math.inf for t in times):
         raise UsageError("stdin is not what esr search --json prints: a list with file, start_s, end_s and channel")
-    return pd.DataFrame(found).drop(columns="path", errors="ignore")
+    return pd.DataFrame(found)
 
 
 # What is printed --------------------------------------------------------------------------------------------
@@ -283,26 +286,19 @@ def _read_hits(options: Namespace) -> pd.DataFrame:
 
 def _records(hits: pd.DataFrame) -> list[dict[str, Any]]:
     """Hits as JSON has them, each with the path of its file."""
+    from esr_utils.audio_folder import path_or_key
+
     records = json.loads(hits.to_json(orient="records", double_precision=6))
     for hit in records:
         hit["channel"] = None if hit["channel"] is None else int(hit["channel"])
-        hit["path"] = _path(hit["file"])
+        hit["path"] = path_or_key(hit["file"])
     return records
 
 
-def _path(key: str) -> str:
-    from esr_utils.audio_folder import absolute_path
-
-    try:
-        return str(absolute_path(key))
-    except ValueError:  # of an index that was filled by another program
-        return key
-
-
 def _shown(key: str) -> str:
-    from esr_utils.audio_folder import printable
+    from esr_utils.audio_folder import path_or_key, printable
 
-    return printable(_path(key))
+    return printable(path_or_key(key))
 
 
 def _times(hit: dict[str, Any]) -> str:

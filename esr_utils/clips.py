@@ -16,7 +16,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from esr_utils import runs
-from esr_utils.audio_folder import absolute_path
+from esr_utils.audio_folder import absolute_path, path_or_key, printable
 from esr_utils.decoding import read_spans
 
 _AT_ONCE = 100  # hits of one file that are in memory together when they are cut
@@ -30,7 +30,8 @@ def export(hits: pd.DataFrame, folder: str | Path) -> pd.DataFrame:
         folder: a new or empty one. `hits.csv` in it names the files, in the order of the hits.
 
     Returns:
-        What hits.csv holds: `audio`, the file's name, empty where there is none; `problem`, why; the hits' columns.
+        What hits.csv holds: `audio`, the file's name, empty where there is none; `problem`, why; `path`, where the
+        recording is, for people; the hits' columns.
 
     Raises:
         FileExistsError: there is something in the folder.
@@ -40,12 +41,17 @@ def export(hits: pd.DataFrame, folder: str | Path) -> pd.DataFrame:
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty: name a new folder for what is cut out")
-    hits = hits.drop(columns=["audio", "problem"], errors="ignore").reset_index(drop=True)
+    hits = hits.drop(columns=["audio", "problem", "path"], errors="ignore").reset_index(
+        drop=True
+    )  # of an export before
     about: dict[int, tuple[str, str]] = {}
     for key, rows in hits.groupby("file", sort=False):
         for start in range(0, len(rows), _AT_ONCE):
             about.update(_cut(str(key), rows.iloc[start : start + _AT_ONCE], folder))
     columns = pd.DataFrame([about[row] for row in hits.index], columns=["audio", "problem"], index=hits.index)
+    columns["path"] = [printable(path_or_key(key)) for key in hits["file"]]
+    if "channel" in hits:
+        hits["channel"] = hits["channel"].astype("Int64")  # where some are empty they came as 0.0
     table = pd.concat([columns, hits], axis=1)
     with runs.atomic_path(folder / "hits.csv") as temporary:
         table.to_csv(temporary, index=False)

@@ -13,6 +13,7 @@ is told in `index_table`. Embedding is the caller's: `refresh` and `add` take it
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -237,6 +238,8 @@ class Index(IndexWriter):
         vector = of_query(query, self.model, self.about["dim"])
         if minus is None:
             return vector
+        if not math.isfinite(minus_weight):
+            raise QueryError(f"minus_weight is {minus_weight}; it must be a finite number")
         taken = minus_weight * of_query(minus, self.model, self.about["dim"])
         return unit(vector - taken, "the query and what is taken from it are the same")
 
@@ -256,8 +259,10 @@ class Index(IndexWriter):
         from esr_utils import nearest
 
         for name, value, least in (("k", k, 1), ("offset", offset, 0)):
-            if value < least:
-                raise QueryError(f"{name} is {value}; it must be at least {least}")
+            if not isinstance(value, int | np.integer) or value < least:
+                raise QueryError(f"{name} is {value}; it must be a whole number of at least {least}")
+        if math.isnan(min_score):
+            raise QueryError("min_score is no number; it is a cosine, -1 to 1")
         snapshot = self._current()
         condition = snapshot.condition(where or {})
         found = self._scored(snapshot, vector, condition, approximate)

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -23,7 +23,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 ENTRY = ("written", "file_size", "file_mtime_ns", "file_sha256", "file_moments", "file_problem")
-RESERVED = ("id", "file", "version", "model", "vector", "pooled", "adapted", "rank", "score", "percentile", *ENTRY)
+# No column of moments is named so, nor so that it begins with _, as LanceDB's own do: those of the table, of hits, and
+# of hits that were cut out.
+RESERVED = (
+    "id", "file", "version", "model", "vector", "pooled", "adapted", *ENTRY, "rank", "score", "percentile",
+    "audio", "problem",
+)  # fmt: skip
 
 # The problem of a file of which only the moments up to some place are there, since it is still being embedded, or that
 # was interrupted; a refresh goes on with it.
@@ -140,6 +145,11 @@ def schema(about: dict[str, Any], metadata: dict[bytes, str]) -> pa.Schema:
     if about["pooled"]:
         kinds |= {"pooled": pa.list_(pa.float16(), about["pooled"]), "adapted": text}
     return pa.schema(list(kinds.items()), metadata=metadata)
+
+
+def unfit(names: Iterable[str]) -> list[str]:
+    """Those of some names that a column of moments cannot have."""
+    return sorted({name for name in names if name in RESERVED or not re.fullmatch(r"[^\W\d_]\w*", name)})
 
 
 def column_type(values: pd.Series) -> pa.DataType:
@@ -262,3 +272,11 @@ class Report:
     speech_s: float = 0.0
     problems: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+
+    def not_adapted(self, by: str) -> dict[str, str]:
+        """A sentence on each of `few_styles`; Args: by: what the index adapts by."""
+        sentence = "the moments of {} seem to be of few styles (about {:.1f}), so they are not adapted to"
+        return {
+            group: sentence.format(f"{by} {group}" if group else "this index as a whole", n)
+            for group, n in self.few_styles.items()
+        }

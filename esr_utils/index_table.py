@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -90,8 +90,9 @@ class IndexTable:
             IndexUnusable: the one that is there was made with something else; both are named.
             IndexWriteError: it cannot be written.
         """
-        if not str(uri).isprintable():
-            raise IndexUnusable(f"{str(uri)!r} holds what cannot be printed: an index needs another name")
+        uri = located(uri)
+        if not uri.isprintable():
+            raise IndexUnusable(f"{uri!r} holds what cannot be printed: an index needs another name")
         about = {"format": FORMAT, "model": model, "dim": dim, "level": level}
         about |= {name: value for name, value in (("channels", channels), ("adapt", adapt)) if value}
         new = {"channels": "mix", "adapt": "off"} | about | {"run": run, "pooled": pooled}
@@ -106,7 +107,7 @@ class IndexTable:
             return cls.open_named(uri, **about)
         except (OSError, RuntimeError) as error:
             raise IndexWriteError(f"{uri}: an index cannot be written here: {first_line(error)}") from None
-        return cls(str(uri), table)
+        return cls(uri, table)
 
     @classmethod
     def open_named(cls, uri: str | Path, **wanted: Any) -> Self:
@@ -118,8 +119,9 @@ class IndexTable:
         Raises:
             IndexUnusable: there is none, or it is of another model, dimension or format; both are named.
         """
+        uri = located(uri)
         missing = f"{uri} holds no index: make one first, by esr index FOLDER --index PATH or Index.create"
-        if "://" not in str(uri) and not Path(uri).is_dir():  # connecting would make the folder
+        if "://" not in uri and not Path(uri).is_dir():  # connecting would make the folder
             raise IndexUnusable(missing)
         try:
             table = connect(uri).open_table(TABLE)
@@ -129,7 +131,7 @@ class IndexTable:
             raise IndexUnusable(missing) from None
         except (OSError, RuntimeError) as error:
             raise IndexUnusable(f"{uri} cannot be read as an index: {first_line(error)}") from None
-        found = cls(str(uri), table)
+        found = cls(uri, table)
         for name, value in wanted.items():
             if found.about[name] != value:
                 raise IndexUnusable(
@@ -221,17 +223,24 @@ def matrix(vectors: pa.FixedSizeListArray | pa.ChunkedArray, dim: int) -> NDArra
     return vectors.flatten().to_numpy(zero_copy_only=False).reshape(-1, dim)
 
 
-def connect(uri: str | Path) -> lancedb.db.DBConnection:
+def located(uri: str | Path) -> str:
+    """An address as it is; of a folder, ~ is the user's home, as a shell leaves it in --index=~/my.index."""
+    with suppress(RuntimeError):  # there is no such user: a name that begins so
+        return str(uri) if "://" in str(uri) else str(Path(uri).expanduser())
+    return str(uri)
+
+
+def connect(uri: str) -> lancedb.db.DBConnection:
     """The database at a folder or address, in the file format that an index is written in."""
     os.environ.setdefault("LANCEDB_LOG", "error")  # read once, by the import: its warnings are of how it works inside
     import lancedb  # when asked for: it takes as long to import as all else here
 
-    return lancedb.connect(str(uri), storage_options=_STORAGE)
+    return lancedb.connect(uri, storage_options=_STORAGE)
 
 
-def _alone(uri: str | Path) -> AbstractContextManager:
+def _alone(uri: str) -> AbstractContextManager:
     """Within it no other process makes this index: LanceDB would let two of them, and the later one begin anew."""
-    if "://" in str(uri):
+    if "://" in uri:
         return nullcontext()
     Path(uri).mkdir(parents=True, exist_ok=True)
     return FileLock(Path(uri) / ".lock")

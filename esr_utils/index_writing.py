@@ -25,6 +25,7 @@ from esr_utils.index_rows import (
     entry,
     first_line,
     to_table,
+    unfit,
 )
 from esr_utils.index_table import IndexTable
 
@@ -204,14 +205,14 @@ class IndexWriter(IndexTable):
         """Columns that the table does not have yet, of the type that their values have."""
         known = set(self.table.schema.names)
         for frame in frames:
+            if refused := unfit(str(name) for name in frame.columns if name != "id"):
+                raise IndexUnusable(
+                    f"columns {', '.join(map(repr, refused))} cannot be in an index: give them names of letters, "
+                    f"digits and _ that begin with a letter and are not among {', '.join(RESERVED)}"
+                )
             for name in frame.columns:
-                if name in known - {*RESERVED} or name == "id":
+                if name in known:
                     continue
-                if name in RESERVED or not re.fullmatch(r"[^\W\d]\w*", str(name)):
-                    raise IndexUnusable(
-                        f"column {name!r} cannot be in an index: give it a name of letters, digits and _ that is not "
-                        f"one of {', '.join(RESERVED)}"
-                    )
                 field = pa.field(name, column_type(frame[name]))
                 try:
                     self.commit(lambda field=field: self.table.add_columns([field]))

@@ -355,6 +355,7 @@ def test_what_is_asked_for_is_what_the_index_is_asked(esr, filled, folder):
         ([QUERY, "--one-per", "mood"], "there is no column 'mood'"),
         ([QUERY, "-k", "0"], "k is 0"),
         ([QUERY, "-k", "many"], "invalid int value"),
+        ([QUERY, "--min-score", "nan"], "min_score is no number"),
         ([QUERY, "--offset", "-1"], "offset is -1"),
         ([QUERY, "--like", "a.wav"], "--like takes no sentence"),
         (["caf\udce9"], "bytes that are no UTF-8"),
@@ -442,7 +443,7 @@ def test_export_of_a_query_and_of_what_search_has_found(esr, filled, tmp_path, m
 
 @pytest.mark.parametrize(
     "text",
-    ["", "no json", "{}", '["a"]', "[{}]", '[{"file": 1}]', '[{"file": "/a", "start_s": "1"}]',
+    ["", "no json", "[" * 100_000, "{}", '["a"]', "[{}]", '[{"file": 1}]', '[{"file": "/a", "start_s": "1"}]',
      '[{"file": "/a", "start_s": NaN}]', '[{"file": "/a", "end_s": Infinity}]', '[{"file": "/a", "channel": -1}]'],
 )  # fmt: skip
 def test_what_is_not_of_search_is_refused(esr, tmp_path, monkeypatch, text):
@@ -455,6 +456,11 @@ def test_hits_that_are_gone_are_named(esr, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps([{"file": "/nowhere/a.wav", "start_s": 1, "end_s": 2}])))
     code, out, err = esr("export", "--to", tmp_path / "clips")
     assert (code, err) == (ERROR, "esr: /nowhere/a.wav: is not there\n") and out.startswith("0 of 1 hits")
+
+
+def test_export_to_nowhere(esr, filled):
+    code, _, err = esr("export", QUERY, "--index", filled, "--to", "")
+    assert code == USAGE and "an empty path" in err
 
 
 def test_hits_from_stdin_are_not_chosen_among(esr, tmp_path, monkeypatch):

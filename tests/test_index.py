@@ -127,6 +127,8 @@ def test_a_sentence_minus_a_sentence(index, rows, tiny_model):
         check(hits, naive(rows, vector / np.linalg.norm(vector)).head(9))
     with pytest.raises(QueryError, match="are the same"):
         index.search(QUERY, minus=QUERY, minus_weight=1.0)
+    with pytest.raises(QueryError, match="minus_weight is nan"):
+        index.search(QUERY, minus="Speech that is calm.", minus_weight=float("nan"))
 
 
 def test_pages_follow_each_other_also_through_ties(index, rows):
@@ -385,8 +387,13 @@ def test_an_example_of_the_index_finds_the_others(index, rows):
     np.testing.assert_allclose(hits["score"], expected["score"].head(5), atol=1e-6)
     assert len(index.search_like(example, k=100)) == N - 1
     assert set(index.search_like(example, k=100, where={"channel": 1})["channel"]) == {1}
-    with pytest.raises(QueryError, match="k is 0"):
-        index.search_like(example, k=0)
+    for options, message in (
+        ({"k": 0}, "k is 0"),
+        ({"k": 1.5}, "k is 1.5"),
+        ({"min_score": np.nan}, "min_score is no"),
+    ):
+        with pytest.raises(QueryError, match=message):
+            index.search_like(example, **options)
 
 
 @pytest.mark.parametrize("kind", ["opus", "wav", "flac", "m4a"])

@@ -241,8 +241,9 @@ def test_dead_rows_of_every_kind_are_never_seen_and_then_swept(table):
         (Embedded(made("a", 2).file, made("a", 2).moments, unit(2) * 2), "not of unit length"),
         (Embedded(made("a", 2).file, made("a", 1).moments.iloc[[0, 0]], unit(2)), "the same moment .* is there twice"),
         (made("a", 2, speaker=[1.5, 2]), "column 'speaker' of this index is of type string"),
-        (made("a", 2, score=[1, 2]), "column 'score' cannot be in an index"),
-        (made("a", 2, **{"a b": "x"}), "column 'a b' cannot be in an index"),
+        (made("a", 2, score=[1, 2]), "columns 'score' cannot be in an index"),
+        (made("a", 2, _rowid=[1, 2], _score="x"), "columns '_rowid', '_score' cannot be in an index"),
+        (made("a", 2, **{"a b": "x"}), "columns 'a b' cannot be in an index"),
         (made("a", 2, **{"x = 1 OR y": "x"}), "cannot be in an index"),
     ],
 )
@@ -250,6 +251,15 @@ def test_what_does_not_fit_is_refused_and_nothing_of_it_written(table, embedded,
     with pytest.raises(IndexUnusable, match=message):
         table.add([embedded])
     assert moments(table) == {}
+
+
+def test_a_folder_in_the_user_s_home(tmp_path, monkeypatch):
+    """As a shell leaves it in --index=~/my.index."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    made = IndexWriter.create_named("~/my.index", "model a", 8)
+    assert made.uri == str(tmp_path / "home" / "my.index") == IndexWriter.open_named("~/my.index").uri
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 
 # Refreshing -------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ RATE = 16_000
 def folder(tmp_path_factory, speech):
     root = tmp_path_factory.mktemp("notebooks")
     (root / "recordings").mkdir()
+    (root / "recordings" / "<b>broken.wav").write_text("no audio")
     for i in range(3):
         soundfile.write(root / "recordings" / f"part {i}.wav", speech[8 * i * RATE : 8 * (i + 1) * RATE], RATE)
     return root
@@ -26,10 +27,14 @@ def test_recordings_are_indexed_and_the_first_results_can_be_heard_without_a_ker
     execute("11_search", folder, **where, run=str(tiny_run), query="a calm voice", k=4)
     index = Index.open(folder / "index", load_retriever(tiny_run)[0])
     expected = index.search("a calm voice", 4)
-    assert len(expected) == 4 and len(index.files()) == 3
+    assert len(expected) == 4 and len(index.files()) == 4
     cells = nbformat.read(folder / "11_search.ipynb", as_version=4).cells
-    listed, panel = (
+    notes, listed, panel = (
         output.data for cell in cells for output in cell.get("outputs", []) if "text/html" in output.get("data", {})
+    )
+    assert (
+        "&lt;b&gt;broken.wav" in notes["text/html"]
+        and "is no audio that ffmpeg can decode (damaged, pr" in notes["text/html"]
     )
     for page in (listed["text/html"], panel["text/html"]):
         assert page.count("<audio controls") == 4 and all(file_name(key) in page for key in expected["file"])

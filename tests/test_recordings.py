@@ -459,8 +459,12 @@ def test_hits_are_cut_out_as_recorded(folder, tmp_path):
         assert found_rate == rate
         np.testing.assert_allclose(written, samples, atol=1e-4)
     written = pd.read_csv(tmp_path / "clips" / "hits.csv", keep_default_na=False, na_values={"channel": ""})
-    assert list(written.columns) == ["audio", "problem", "file", "start_s", "end_s", "channel", "score"]
+    assert list(written.columns) == ["audio", "problem", "path", "file", "start_s", "end_s", "channel", "score"]
     assert written["audio"].tolist() == table["audio"].tolist()
+    assert written["path"].tolist() == [str(path) for path in (call, one, call, call)]
+    assert ",1,0.5\n" in (tmp_path / "clips" / "hits.csv").read_text()  # the channel, no 1.0 for the others' sake
+    again = clips.export(table, tmp_path / "again")  # what an export told is told anew
+    pd.testing.assert_frame_equal(again, table)
 
 
 @pytest.mark.parametrize("kind", ["mp3", "ogg", "m4a"])
