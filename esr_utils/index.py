@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
@@ -279,11 +280,10 @@ class Index(IndexWriter):
                 break
             n *= 8
         rows, scores = rows[offset:wanted], scores[offset:wanted]
-        hits = found.take(rows)
-        hits.insert(0, "percentile", nearest.share_below(found.scores, scores))
-        hits.insert(0, "score", scores)
-        hits.insert(0, "rank", np.arange(offset + 1, offset + 1 + len(rows)))
-        return hits
+        ranks, shares = np.arange(offset + 1, offset + 1 + len(rows)), nearest.share_below(found.scores, scores)
+        moments = found.take(rows)
+        columns = dict(zip(moments.column_names, moments.columns, strict=True))
+        return pa.table({"rank": ranks, "score": scores, "percentile": shares, **columns}).to_pandas()
 
     @staticmethod
     def _scored(

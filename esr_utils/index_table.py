@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
@@ -56,6 +57,7 @@ class IndexTable:
         self.about = _about(uri, table)
         self._latest = 0  # when the last entry was written of those that were seen
         self._about = _written(table)
+        self._seen: tuple[object, int] = None, 0  # what `_last_commit` said at the last reload, and the version
 
     # Opening ------------------------------------------------------------------------------------------------
 
@@ -142,6 +144,9 @@ class IndexTable:
 
     def reload(self) -> int:
         """Goes to the newest version, which other processes may have written, and returns its number."""
+        last = _last_commit(self.uri)
+        if last is not None and last == self._seen[0]:  # to ask LanceDB takes a tenth of an approximate search
+            return self._seen[1]
         self.table.checkout_latest()
         if _written(self.table) != self._about:
             found = _about(self.uri, self.table)
@@ -149,7 +154,8 @@ class IndexTable:
                 f"{self.uri} was replaced by an index of model {found['model']!r} while one of {self.about['model']!r} "
                 "was open: open it again"
             )
-        return self.table.version
+        self._seen = last, self.table.version
+        return self._seen[1]
 
     # Reading ------------------------------------------------------------------------------------------------
 
@@ -236,6 +242,16 @@ def connect(uri: str) -> lancedb.db.DBConnection:
     import lancedb  # when asked for: it takes as long to import as all else here
 
     return lancedb.connect(uri, storage_options=_STORAGE)
+
+
+def _last_commit(uri: str) -> tuple[int, int] | None:
+    """What is another after each commit, of a table in a folder: the inode of its list of versions, and when that was
+    changed. None where that cannot be known, as up to 3 s after a commit, when one more could be at the same time."""
+    try:
+        status = os.stat(Path(uri) / f"{TABLE}.lance" / "_versions")
+    except OSError:  # there is no such folder where it is an address
+        return None
+    return (status.st_ino, status.st_mtime_ns) if status.st_mtime < time.time() - 3 else None
 
 
 def _alone(uri: str) -> AbstractContextManager:

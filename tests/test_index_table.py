@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,6 +100,28 @@ def test_an_index_removed_and_made_by_another_model_is_refused_also_at_the_same_
     assert made.table.version == open_one.table.version
     with pytest.raises(IndexUnusable, match="replaced by an index of model 'model two' while one of 'model one'"):
         open_one.reload()
+
+
+def test_the_version_is_asked_for_where_there_may_be_another(table, monkeypatch):
+    table.add([made("a.wav", 3)])
+    other = IndexWriter.open_named(table.uri)
+    asked, checkout = [], type(other.table).checkout_latest
+    monkeypatch.setattr(type(other.table), "checkout_latest", lambda one: asked.append(one) or checkout(one))
+    commits = Path(table.uri) / f"{index_table.TABLE}.lance" / "_versions"
+
+    def reload(age_s: float | None = None) -> tuple[int, bool]:
+        """The version, and whether it was asked for; the last commit was age_s ago."""
+        if age_s is not None:
+            os.utime(commits, (time.time() - age_s, time.time() - age_s))
+        asked.clear()
+        return other.reload(), bool(asked)
+
+    version = other.table.version
+    assert reload() == reload() == (version, True)  # one more commit could be at the same time
+    assert reload(60) == (version, True) and reload() == (version, False)
+    table.add([made("b.wav", 1)])
+    assert reload() == (table.table.version, True) and table.table.version > version
+    assert set(other.files().index) == {"a.wav", "b.wav"}
 
 
 def test_an_index_of_another_model_or_dimension_is_refused_with_both_names(table):
