@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+# where it is set, as in many containers, every kernel and process would compile a thousand files anew
+export PYTHONDONTWRITEBYTECODE :=
 .PHONY: demo test test-scale lab figures results
 
 demo: .venv/installed  ## train, evaluate and search on the demo corpus; everything it writes is in runs/quickstart
