@@ -151,10 +151,21 @@ def path_or_key(key: str) -> str:
         return key
 
 
+def shown(key: str) -> str:
+    """The same for people to read."""
+    return printable(path_or_key(key))
+
+
 def printable(path: str | Path) -> str:
     """A path for people to read on one line: what cannot be printed or encoded is replaced."""
-    name = os.fsencode(path).decode("utf-8", "replace")
-    return "".join(letter if letter.isprintable() else "\ufffd" for letter in name)
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in str(path))
+
+
+def at_home(path: str | Path) -> Path:
+    """A path in which ~ is the user's home, as a shell leaves it in --index=~/my.index."""
+    with suppress(RuntimeError):  # there is no such user: a name that begins so
+        return Path(path).expanduser()
+    return Path(path)
 
 
 def absolute(root: str | Path) -> Path:
@@ -163,9 +174,7 @@ def absolute(root: str | Path) -> Path:
     Raises:
         NoAudio: it is a link that leads back to itself.
     """
-    root = Path(root)
-    with suppress(RuntimeError):  # there is no such user: a name that begins so
-        root = root.expanduser()
+    root = at_home(root)
     try:
         return root.resolve()
     except (RuntimeError, OSError) as error:

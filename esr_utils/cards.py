@@ -24,7 +24,7 @@ import soundfile
 import soxr
 from numpy.typing import NDArray
 
-from esr_utils.audio_folder import absolute_path, path_or_key, printable
+from esr_utils.audio_folder import absolute_path, path_or_key, printable, shown
 from esr_utils.config import SAMPLE_RATE
 from esr_utils.decoding import read_spans
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 MAX_S = 30.0  # seconds of a hit that are shown and played: a moment is shorter, a whole file may be hours long
 _COLUMNS, _HEIGHT = 240, 100  # of a picture, which is stretched to its card
+_NOTES = 100  # files of which it is told what was wrong with them
 _BINS = 80  # of the histogram, from -1 to 1
 _THREADS = 4  # files decoded at a time; reading leaves Python free
 # Colours are JupyterLab's, so that a dark theme stays dark; those after the comma are for where there is no JupyterLab.
@@ -142,7 +143,7 @@ def card(hit: dict[str, Any], clip: Clip, labels: Sequence[str] = ()) -> str:
         labels: columns that are shown too, where they hold something.
     """
     said = [f"{name}: {hit[name]}" for name in labels if not pd.isna(hit[name]) and hit[name] != ""]
-    below, path = f"{100 * hit['percentile']:.1f} %", printable(path_or_key(hit["file"]))
+    below, path = f"{100 * hit['percentile']:.1f} %", shown(hit["file"])
     return (
         f'<div class="esr-card"><div class="esr-head"><span>{hit["rank"]}</span>'
         f'<span class="esr-file" title="{_escaped(path)}">{_escaped(file_name(hit["file"]))}'
@@ -176,12 +177,12 @@ def notes(index: Index, report: Report) -> str:
     that are not adapted to."""
     files = index.files()
     told = files.loc[files["problem"] != "", "problem"].to_dict() | report.left_out
-    rows = [(printable(path_or_key(key)), why) for key, why in told.items()]
+    rows = [(shown(key), why) for key, why in told.items()]
     rows += [(group or "all", why) for group, why in report.not_adapted(index.about["adapt"]).items()]
     if not rows:
         return "<p>Every file could be used.</p>"
     with pd.option_context("display.max_colwidth", None):
-        return pd.DataFrame(rows, columns=["of", "note"]).to_html(index=False)
+        return pd.DataFrame(rows, columns=["of", "note"]).to_html(index=False, max_rows=_NOTES)
 
 
 def problem(message: str) -> str:

@@ -7,11 +7,11 @@ command needs them, so that `esr --help` and a mistyped option answer at once.
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from esr_utils.audio_folder import path_or_key, shown
 from esr_utils.cli_options import ERROR, INTERRUPTED, NOTHING, OK, PIPE_CLOSED, USAGE, parser
 
 if TYPE_CHECKING:
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from esr_utils.index import Index
+
+
+_MOST_S = 1e8  # seconds, three years: no recording is longer
 
 
 class UsageError(ValueError):
@@ -103,7 +106,7 @@ def _index(options: Namespace) -> int:
     except NoAudio as error:
         raise NoAudio(f"{error}. If its recordings were removed for good, --gone drops them from the index") from None
     if missing := found.labels.missing(found.files):
-        _say(f"labels name {len(missing)} files that are not there, such as {_shown(missing[0])}")
+        _say(f"labels name {len(missing)} files that are not there, such as {shown(missing[0])}")
     known = ("off", "all", "file", "channel", "speaker", *found.labels.names())
     if options.adapt and options.adapt not in (*known, *_columns(options.index)):
         raise UsageError(f"--adapt {options.adapt}: it is off, all, or a column, here {', '.join(known[2:])}")
@@ -111,7 +114,7 @@ def _index(options: Namespace) -> int:
     with quiet_libraries(), Bar(shown=_watched()) as bar:
         report = recordings.refresh(index, found, bar)
     for key, reason in (report.problems | report.left_out).items():
-        _say(f"{_shown(key)}: {reason}")
+        _say(f"{shown(key)}: {reason}")
     for sentence in report.not_adapted(index.about["adapt"]).values():
         _say(sentence)
     files = index.files()
@@ -152,7 +155,7 @@ def _search(options: Namespace) -> int:
     for hit in [] if options.json else _records(hits):
         channel = "" if hit["channel"] is None else f"  channel {hit['channel']}"
         below = f"{100 * hit['percentile']:.1f} % below"
-        print(f"{hit['rank']:>4}  {hit['score']:.3f}  {below:>13}  {_times(hit)}{channel}  {_shown(hit['file'])}")
+        print(f"{hit['rank']:>4}  {hit['score']:.3f}  {below:>13}  {_times(hit)}{channel}  {shown(hit['file'])}")
     if hits.empty:
         _say("nothing was found")
     return NOTHING if hits.empty else OK
@@ -173,7 +176,7 @@ def _stats(options: Namespace) -> int:
     print(f"{'columns:':<21}" + ", ".join(f"{name} ({kind})" for name, kind in about["columns"].items()))
     print(f"{'problems:':<21}{len(about['problems'])}")
     for key, reason in about["problems"].items():
-        print(f"  {_shown(key)}: {reason}")
+        print(f"  {shown(key)}: {reason}")
     return OK
 
 
@@ -191,7 +194,7 @@ def _export(options: Namespace) -> int:
         table = clips.export(hits, options.to)
     bad = table[table["problem"] != ""]
     for key, reason in zip(bad["file"], bad["problem"], strict=True):
-        _say(f"{_shown(key)}: {reason}")
+        _say(f"{shown(key)}: {reason}")
     print(f"{len(table) - len(bad)} of {len(table)} hits cut to {options.to}")
     return ERROR if len(bad) else OK
 
@@ -272,13 +275,23 @@ def _read_hits(options: Namespace) -> pd.DataFrame:
         raise UsageError("give a query, or pipe what esr search --json prints")
     try:
         found = json.load(sys.stdin)
-        valid = isinstance(found, list) and all(isinstance(hit, dict) and isinstance(hit["file"], str) for hit in found)
-        times = [hit.get(name) for hit in found for name in ("start_s", "end_s", "channel")] if valid else []
-    except (ValueError, KeyError, RecursionError):
+        valid = isinstance(found, list) and all(isinstance(hit, dict) and _is_hit(hit) for hit in found)
+        table = pd.DataFrame(found).drop(columns="path", errors="ignore")  # which may hold bytes that are no UTF-8
+        table.to_csv().encode()  # as other text must not
+    except (ValueError, RecursionError):
         valid = False
-    if not valid or not all(t is None or isinstance(t, int | float) and 0 <= t < math.inf for t in times):
+    if not valid:
         raise UsageError("stdin is not what esr search --json prints: a list with file, start_s, end_s and channel")
-    return pd.DataFrame(found)
+    return table
+
+
+def _is_hit(hit: dict[str, Any]) -> bool:
+    times, channel = [hit.get(name) for name in ("start_s", "end_s")], hit.get("channel")
+    return (
+        isinstance(hit.get("file"), str)
+        and all(time is None or type(time) in (int, float) and 0 <= time < _MOST_S for time in times)
+        and (channel is None or type(channel) is int and 0 <= channel < 1 << 16)
+    )
 
 
 # What is printed --------------------------------------------------------------------------------------------
@@ -286,19 +299,11 @@ def _read_hits(options: Namespace) -> pd.DataFrame:
 
 def _records(hits: pd.DataFrame) -> list[dict[str, Any]]:
     """Hits as JSON has them, each with the path of its file."""
-    from esr_utils.audio_folder import path_or_key
-
     records = json.loads(hits.to_json(orient="records", double_precision=6))
     for hit in records:
         hit["channel"] = None if hit["channel"] is None else int(hit["channel"])
         hit["path"] = path_or_key(hit["file"])
     return records
-
-
-def _shown(key: str) -> str:
-    from esr_utils.audio_folder import path_or_key, printable
-
-    return printable(path_or_key(key))
 
 
 def _times(hit: dict[str, Any]) -> str:

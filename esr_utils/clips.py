@@ -16,9 +16,10 @@ import soundfile
 from numpy.typing import NDArray
 
 from esr_utils import runs
-from esr_utils.audio_folder import absolute_path, path_or_key, printable
+from esr_utils.audio_folder import absolute_path, at_home, shown
 from esr_utils.decoding import read_spans
 
+_OURS = ("audio", "problem", "path")  # columns of hits.csv besides the hits'
 _AT_ONCE = 100  # hits of one file that are in memory together when they are cut
 
 
@@ -31,25 +32,25 @@ def export(hits: pd.DataFrame, folder: str | Path) -> pd.DataFrame:
 
     Returns:
         What hits.csv holds: `audio`, the file's name, empty where there is none; `problem`, why; `path`, where the
-        recording is, for people; the hits' columns.
+        recording is, for people; the hits' columns, of which one of such a name is called `problem_label` or the like.
 
     Raises:
         FileExistsError: there is something in the folder.
         OSError: it cannot be written, as when the disk is full.
     """
-    folder = Path(folder).expanduser()
+    folder = at_home(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty: name a new folder for what is cut out")
-    hits = hits.drop(columns=["audio", "problem", "path"], errors="ignore").reset_index(
-        drop=True
-    )  # of an export before
+    if [*hits.columns[:3]] == [*_OURS]:  # of an export before
+        hits = hits.drop(columns=[*_OURS])
+    hits = hits.rename(columns={name: f"{name}_label" for name in _OURS}).reset_index(drop=True)
     about: dict[int, tuple[str, str]] = {}
     for key, rows in hits.groupby("file", sort=False):
         for start in range(0, len(rows), _AT_ONCE):
             about.update(_cut(str(key), rows.iloc[start : start + _AT_ONCE], folder))
-    columns = pd.DataFrame([about[row] for row in hits.index], columns=["audio", "problem"], index=hits.index)
-    columns["path"] = [printable(path_or_key(key)) for key in hits["file"]]
+    columns = pd.DataFrame([about[row] for row in hits.index], columns=[*_OURS[:2]], index=hits.index)
+    columns["path"] = [shown(key) for key in hits["file"]]
     if "channel" in hits:
         hits["channel"] = hits["channel"].astype("Int64")  # where some are empty they came as 0.0
     table = pd.concat([columns, hits], axis=1)

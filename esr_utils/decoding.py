@@ -25,16 +25,18 @@ import soundfile
 import soxr
 from numpy.typing import NDArray
 
-from esr_utils.audio_files import LENGTH_TOLERANCE_S, MAX_FRAMES, AudioError
+from esr_utils.audio_files import LENGTH_TOLERANCE_S, AudioError
+from esr_utils.audio_lengths import bytes_untold, is_told
 
 BLOCK_S = 10  # seconds read at a time
 _UNKNOWN_BYTES = (1 << 31) - (1 << 16)  # a size from here on, in the header of a stream, says that it is not known
-_WAV_SIZES = 1 << 32  # in a WAV sizes are of 32 bits: a larger one begins at 0 again
 _PROTECTED = r"\((drms|enca|aavd) /"  # sample entries of iTunes, of MPEG-4 common encryption, of Audible
 _QUIET = Lock()  # file descriptor 2 is the whole process's
 _AU = struct.Struct(">4s5I")  # magic, bytes before the samples, bytes of samples, encoding, Hz, channels
-# Of the first frame of an MP3, as Xing or Fraunhofer have it: bytes of the whole stream, if frames are told as well.
-_MP3_BYTES = re.compile(rb"(?:Xing|Info)...[\x03\x07\x0b\x0f].{4}(.{4})|VBRI.{6}(.{4})", re.DOTALL)
+_MOST = 1 << 24  # samples read at a time, of all channels: a header may tell of any rate
+# What does not decode, or begins after the picture, becomes silence, so that times stay those of the file. Not so of
+# files that may be joined: what follows would be taken to begin late.
+_TIMED = ("-af", "aresample=async=1:first_pts=0")
 
 P, T = ParamSpec("P"), TypeVar("T")
 
@@ -48,7 +50,15 @@ class NoFfmpegError(NotNowError):
 
 
 class ForFfmpegError(Exception):
-    """A file that libsndfile does not read, or not to its end; the message begins a sentence that asks for ffmpeg."""
+    """A file that libsndfile does not read, or not to its end; the message begins a sentence that asks for ffmpeg.
+
+    Attributes:
+        filters: options of ffmpeg's.
+    """
+
+    def __init__(self, why: str, filters: Sequence[str]) -> None:
+        super().__init__(why)
+        self.filters = filters
 
 
 def find_ffmpeg() -> str:
@@ -101,7 +111,8 @@ def read_blocks(path: Path, first: int = 0, last: int | None = None) -> Iterator
     try:
         with _quietly(soundfile.SoundFile, sndfile_name(path)) as file:
             _quietly(file.seek, first)
-            left, most = (file.frames if last is None else min(last, file.frames)) - first, BLOCK_S * file.samplerate
+            left = (file.frames if last is None else min(last, file.frames)) - first
+            most = min(BLOCK_S * file.samplerate, _MOST // file.channels)
             while left > 0 and len(block := _quietly(file.read, min(left, most), "float32", always_2d=True)):
                 left -= len(block)
                 yield _finite(block)
@@ -127,20 +138,26 @@ def decode(path: Path) -> Iterator[tuple[NDArray[np.float32], int]]:
 
     Raises:
         AudioError: it cannot be opened, is no audio, needs an ffmpeg that is not there, or holds no sound; or, after
-            the blocks that came before, breaks off: less audio than the header promises, or data that do not decode.
+            the blocks that came before, breaks off: less audio than the header promises, data that do not decode, or
+            more of them than a WAV's header can tell of.
             Of an Ogg file that is cut short nothing tells so.
     """
     _check_file(path)
     try:
         blocks = _by_sndfile(path, sndfile_info(path))
     except ForFfmpegError as error:
-        blocks = _by_ffmpeg(path, str(error))  # the error itself would keep this frame, and so ffmpeg, alive
-    silent = True
+        blocks = _by_ffmpeg(path, str(error), error.filters)  # the error would keep this frame alive, and so ffmpeg
+    frames = 0
     for block, rate in blocks:
-        silent = False
+        frames += len(block)
         yield block, rate
-    if silent:
+    if not frames:
         raise AudioError("holds no sound")
+    if (untold := bytes_untold(path)) > rate * block.shape[1]:  # about a second
+        raise AudioError(
+            f"is a WAV of which {untold / 1e6:.1f} MB are behind the sound that its header can tell of, "
+            f"{frames / rate:.0f} s: make a FLAC of it (ffmpeg -ignore_length 1 -i FILE FILE.flac)"
+        )
 
 
 def read_spans(path: Path, spans: Sequence[tuple[float, float | None]]) -> tuple[list[NDArray[np.float32]], int]:
@@ -162,8 +179,9 @@ def read_spans(path: Path, spans: Sequence[tuple[float, float | None]]) -> tuple
     rate, pieces = info.samplerate, []
     for start, end in spans:
         first = min(round(start * rate), info.frames)
-        blocks = read_blocks(path, first, None if end is None else round(end * rate))
-        pieces.append(np.concatenate([*blocks] or [np.zeros((0, info.channels), np.float32)]))
+        before = min(first, rate) if info.format == "MP3" else 0  # a frame needs bits of some that came before it
+        blocks = read_blocks(path, first - before, None if end is None else round(end * rate))
+        pieces.append(np.concatenate([*blocks] or [np.zeros((0, info.channels), np.float32)])[before:])
     return pieces, rate
 
 
@@ -202,28 +220,10 @@ def sndfile_info(path: Path):
         info = _quietly(soundfile.info, sndfile_name(path), verbose=True)
     except (soundfile.LibsndfileError, TypeError) as error:  # the latter of a name that ends in .raw
         complaint = getattr(error, "error_string", "of no kind that it knows").rstrip(".")
-        raise ForFfmpegError(f"is not readable as audio ({complaint}), or") from None
-    # Of 0 frames is a WAV whose writer was ended; of unknown many what was written to a pipe, and joined Ogg files.
-    if not 0 < info.frames < MAX_FRAMES or info.format == "MP3" and not _is_measured(path):
-        raise ForFfmpegError("does not tell how long it is, and")
+        raise ForFfmpegError(f"is not readable as audio ({complaint}), or", _TIMED) from None
+    if not is_told(path, info):
+        raise ForFfmpegError("does not tell how long it is, and", ())
     return info
-
-
-def _is_measured(path: Path) -> bool:
-    """Whether an MP3 tells how many bytes it has, and has no more.
-
-    Where it does not tell, libsndfile takes all frames to be as large as the first, and reads no further than that; and
-    of files that were joined it knows what the first told.
-    """
-    with path.open("rb") as file:
-        at = 0
-        while (tag := file.read(10))[:3] == b"ID3" and len(tag) == 10:
-            at += 10 + sum(byte << shift for byte, shift in zip(tag[6:], (21, 14, 7, 0), strict=True))
-            file.seek(at)
-        file.seek(at)
-        found = _MP3_BYTES.search(file.read(1 << 13))
-        there = os.fstat(file.fileno()).st_size - at
-    return found is not None and there - found.start() <= 1.01 * int.from_bytes(found[1] or found[2]) + 128  # ID3v1
 
 
 def _by_sndfile(path: Path, info) -> Iterator[tuple[NDArray[np.float32], int]]:
@@ -232,22 +232,16 @@ def _by_sndfile(path: Path, info) -> Iterator[tuple[NDArray[np.float32], int]]:
         frames += len(block)
         yield block, info.samplerate
     # libsndfile takes the length of a WAV or AIFF that is cut short from the file, and notes what its header said.
-    if found := re.search(r"(?:data|SSND) : (\d+) \(should be (\d+)\)", info.extra_info):
+    if found := re.search(r"(?:data|SSND|Data size) *: (\d+) \(should be (\d+)\)", info.extra_info):
         claimed, there = int(found[1]), int(found[2])
         if there < claimed < _UNKNOWN_BYTES:
             promised = max(promised, round(frames * claimed / max(there, 1)))
     if (missing := (promised - frames) / info.samplerate) > LENGTH_TOLERANCE_S:
         raise AudioError(f"is cut short: {missing:.2f} s less audio than its header says")
-    align = re.search(r"Block Align *: (\d+)", info.extra_info)  # of a WAV: bytes of one sample of all channels
-    if align and path.stat().st_size - frames * int(align[1]) >= _WAV_SIZES:
-        raise AudioError(
-            f"is a WAV of over 4 GB, of which its header can tell {frames / info.samplerate:.0f} s only: make a FLAC "
-            "of it (ffmpeg -ignore_length 1 -i FILE FILE.flac)"
-        )
 
 
-def _by_ffmpeg(path: Path, why: str) -> Iterator[tuple[NDArray[np.float32], int]]:
-    """Args: why: libsndfile's, which says more where there is no ffmpeg to try."""
+def _by_ffmpeg(path: Path, why: str, filters: Sequence[str]) -> Iterator[tuple[NDArray[np.float32], int]]:
+    """Args: why, filters: of a `ForFfmpegError`; the former says more where there is no ffmpeg to try."""
     try:
         program = find_ffmpeg()
     except NoFfmpegError as error:
@@ -255,8 +249,7 @@ def _by_ffmpeg(path: Path, why: str) -> Iterator[tuple[NDArray[np.float32], int]
     source = ["-nostdin", "-hide_banner", "-i", b"file:" + os.fsencode(path)]
     _check_track([program, *source])
     # AU is the plainest format that says its rate and channels before its samples, however many there will be.
-    # What does not decode, or begins after the picture, becomes silence, so that times stay those of the file.
-    sound = ["-map", "0:a:0", "-af", "aresample=async=1:first_pts=0", "-c:a", "pcm_f32be", "-f", "au", "pipe:1"]
+    sound = ["-map", "0:a:0", *filters, "-c:a", "pcm_f32be", "-f", "au", "pipe:1"]
     command = [program, "-v", "error", *source, *sound]
     with tempfile.TemporaryFile() as complaints:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=complaints)
@@ -273,9 +266,16 @@ def _by_ffmpeg(path: Path, why: str) -> Iterator[tuple[NDArray[np.float32], int]
         raise NotNowError(f"was not read to its end: ffmpeg was ended (signal {-failed}), perhaps for want of memory")
     if re.search(r"partial file|ended prematurely", said):
         raise AudioError("is cut short, ffmpeg says")
+    if found := re.search(r"(.*)\n.*Error during demuxing", said):
+        raise AudioError(f"could not be read to its end: {_without_place(found[1])}")
     if failed:
-        reason = re.sub(r"^(\[[^]]*\] ?)*", "", said.partition("\n")[0]) or f"exit code {failed}"
+        reason = _without_place(said.partition("\n")[0]) or f"exit code {failed}"
         raise AudioError(f"is no audio that ffmpeg can decode (damaged, protected or of another kind): {reason}")
+
+
+def _without_place(line: str) -> str:
+    """What ffmpeg says, without which part of it did."""
+    return re.sub(r"^(\[[^]]*\] ?)*", "", line)
 
 
 def _check_track(command: list) -> None:
@@ -299,7 +299,7 @@ def _au_blocks(sound) -> Iterator[tuple[NDArray[np.float32], int]]:
     _, before, _, _, rate, channels = _AU.unpack(header)
     sound.read(before - _AU.size)
     size = 4 * channels
-    while data := sound.read(BLOCK_S * rate * size):
+    while data := sound.read(size * min(BLOCK_S * rate, _MOST // channels)):
         samples = np.frombuffer(data[: len(data) - len(data) % size], ">f4").astype(np.float32)
         if len(samples):
             yield _finite(samples.reshape(-1, channels)), rate

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from esr_utils import runs
 from esr_utils.audio_folder import absolute_key, absolute_path
 from esr_utils.config import Level
-from esr_utils.index_rows import Embedded, File
+from esr_utils.index_rows import Embedded, File, IndexUnusable, unfit
 from esr_utils.index_snapshot import QueryError, Scored, Snapshot, is_text
 from esr_utils.index_writing import IndexWriter
 from esr_utils.query_vectors import Query, of_file, of_query, unit
@@ -322,10 +322,15 @@ def build(
 
     Returns:
         The index, and the clips that could not be embedded: utterance_id, reason.
+
+    Raises:
+        IndexUnusable: a column of the manifest has a name that none of an index can have.
     """
     from esr_utils.embedding import embed
     from esr_utils.manifests import to_cuts
 
+    if problem := unfit(name for name in manifest.columns if name != "id"):
+        raise IndexUnusable(problem)
     embeddings = embeddings or embed(model, to_cuts(manifest), level, cache)
     index = Index.create(uri, model, level=level, replace=True)
     index.add(of_clips(manifest, embeddings))

@@ -23,12 +23,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 ENTRY = ("written", "file_size", "file_mtime_ns", "file_sha256", "file_moments", "file_problem")
-# No column of moments is named so, nor so that it begins with _, as LanceDB's own do: those of the table, of hits, and
-# of hits that were cut out.
-RESERVED = (
-    "id", "file", "version", "model", "vector", "pooled", "adapted", *ENTRY, "rank", "score", "percentile",
-    "audio", "problem",
-)  # fmt: skip
+RESERVED = ("id", "file", "version", "model", "vector", "pooled", "adapted", *ENTRY, "rank", "score", "percentile")
 
 # The problem of a file of which only the moments up to some place are there, since it is still being embedded, or that
 # was interrupted; a refresh goes on with it.
@@ -147,9 +142,15 @@ def schema(about: dict[str, Any], metadata: dict[bytes, str]) -> pa.Schema:
     return pa.schema(list(kinds.items()), metadata=metadata)
 
 
-def unfit(names: Iterable[str]) -> list[str]:
-    """Those of some names that a column of moments cannot have."""
-    return sorted({name for name in names if name in RESERVED or not re.fullmatch(r"[^\W\d_]\w*", name)})
+def unfit(names: Iterable[str]) -> str:
+    """What is wrong with names of new columns of moments; nothing if none is. LanceDB's own begin with _."""
+    refused = sorted({name for name in names if name in RESERVED or not re.fullmatch(r"[^\W\d_]\w*", name)})
+    if not refused:
+        return ""
+    return (
+        f"columns {', '.join(map(repr, refused))} cannot be in an index: give them names of letters, digits and _ that "
+        f"begin with a letter and are not among {', '.join(RESERVED)}"
+    )
 
 
 def column_type(values: pd.Series) -> pa.DataType:

@@ -17,7 +17,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -28,6 +28,7 @@ import pyarrow.compute as pc
 from filelock import FileLock
 from numpy.typing import NDArray
 
+from esr_utils.audio_folder import at_home
 from esr_utils.index_rows import ENTRY, UNFINISHED, IndexUnusable, IndexWriteError, first_line, schema
 
 if TYPE_CHECKING:
@@ -230,10 +231,8 @@ def matrix(vectors: pa.FixedSizeListArray | pa.ChunkedArray, dim: int) -> NDArra
 
 
 def located(uri: str | Path) -> str:
-    """An address as it is; of a folder, ~ is the user's home, as a shell leaves it in --index=~/my.index."""
-    with suppress(RuntimeError):  # there is no such user: a name that begins so
-        return str(uri) if "://" in str(uri) else str(Path(uri).expanduser())
-    return str(uri)
+    """Where an index is: an address as it is, or a folder."""
+    return str(uri) if "://" in str(uri) else str(at_home(uri))
 
 
 def connect(uri: str) -> lancedb.db.DBConnection:

@@ -205,14 +205,10 @@ class IndexWriter(IndexTable):
         """Columns that the table does not have yet, of the type that their values have."""
         known = set(self.table.schema.names)
         for frame in frames:
-            if refused := unfit(str(name) for name in frame.columns if name != "id"):
-                raise IndexUnusable(
-                    f"columns {', '.join(map(repr, refused))} cannot be in an index: give them names of letters, "
-                    f"digits and _ that begin with a letter and are not among {', '.join(RESERVED)}"
-                )
-            for name in frame.columns:
-                if name in known:
-                    continue
+            new = [name for name in frame.columns if name not in known - {*RESERVED} and name != "id"]
+            if problem := unfit(map(str, new)):
+                raise IndexUnusable(problem)
+            for name in new:
                 field = pa.field(name, column_type(frame[name]))
                 try:
                     self.commit(lambda field=field: self.table.add_columns([field]))

@@ -12,7 +12,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from esr_utils.audio_files import AudioError
-from esr_utils.audio_folder import printable
+from esr_utils.audio_folder import at_home, printable
 from esr_utils.config import Level
 from esr_utils.decoding import read_spans
 from esr_utils.index_snapshot import QueryError, is_text
@@ -73,6 +73,7 @@ def of_file(path: Path, model: Retriever | None, level: Level) -> NDArray[np.flo
 
     from esr_utils.embedding import embed
 
+    path = at_home(path)
     if not path.is_file():
         raise QueryError(f"{printable(path)} is neither the id of a moment of this index nor an audio file")
     if model is None:

@@ -29,7 +29,7 @@ import pandas as pd
 
 from esr_utils.audio_folder import absolute_key, absolute_path
 from esr_utils.index import Index
-from esr_utils.index_rows import RESERVED, Embedded, File, unfit
+from esr_utils.index_rows import Embedded, File, unfit
 from esr_utils.index_snapshot import Snapshot
 from esr_utils.index_table import matrix
 from esr_utils.manifest_schema import ManifestError
@@ -85,11 +85,8 @@ class Labels:
             table = table[[name for name in table.columns if name in (*_PLACE, *_OF_MANIFEST)]]
         if "path" not in table:
             raise LabelsError(f"{file} has no column 'path'; it has {', '.join(table.columns)}")
-        if refused := unfit(name for name in table.columns if name not in _PLACE):
-            raise LabelsError(
-                f"{file}: columns {', '.join(map(repr, refused))} cannot be in an index: give them names of letters, "
-                f"digits and _ that begin with a letter and are not among {', '.join(RESERVED)}"
-            )
+        if problem := unfit(name for name in table.columns if name not in _PLACE):
+            raise LabelsError(f"{file}: {problem}")
         for line, row in enumerate(table.to_dict("records"), 2):
             channel = _number(row.get("channel", ""), file, line)
             limits = _number(row.get("start_s", ""), file, line), _number(row.get("end_s", ""), file, line)

@@ -444,6 +444,8 @@ def test_export_of_a_query_and_of_what_search_has_found(esr, filled, tmp_path, m
 @pytest.mark.parametrize(
     "text",
     ["", "no json", "[" * 100_000, "{}", '["a"]', "[{}]", '[{"file": 1}]', '[{"file": "/a", "start_s": "1"}]',
+     '[{"file": "/a", "start_s": 1e300}]', '[{"file": "/a", "channel": 0.5}]', '[{"file": "/a", "channel": true}]',
+     '[{"file": "/a", "channel": 1000000000000}]', '[{"file": "/\\udc80"}]', '[{"file": "/a", "x": "\\ud800"}]',
      '[{"file": "/a", "start_s": NaN}]', '[{"file": "/a", "end_s": Infinity}]', '[{"file": "/a", "channel": -1}]'],
 )  # fmt: skip
 def test_what_is_not_of_search_is_refused(esr, tmp_path, monkeypatch, text):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 import soundfile
 import soxr
 
-from esr_utils import decoding
+from esr_utils import audio_lengths, decoding
 from esr_utils.audio_files import AudioError
 from esr_utils.decoding import NoFfmpegError, Resampler, decode
 
@@ -141,27 +143,45 @@ def piped(source: Path, target: Path, kind: str) -> Path:
     return target
 
 
+def joined(folder: Path, kind: str, seconds: float, *options: str) -> Path:
+    """17 s of quiet and as many of noise, and then so many of noise, of other parameters where options say so."""
+    noise = np.random.default_rng(0).normal(0, 0.1, (34 * RATE, 1)).astype(np.float32)
+    noise[: 17 * RATE] /= 100
+    source, more = write(folder / "source.wav", noise), write(folder / "more.wav", noise[-round(seconds * RATE) :])
+    codec = [
+        "-c:a",
+        {"ogg": "libvorbis", "opus": "libopus", "mp3": "libmp3lame"}[kind],
+        "-metadata",
+        f"title={'x' * 9000}",
+    ]
+    other = [] if kind == "mp3" else ["-serial_offset", "7"]
+    parts = convert(source, folder / f"1.{kind}", *codec), convert(more, folder / f"2.{kind}", *codec, *other, *options)
+    path = folder / f"a.{kind}"
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    return path
+
+
 def of_unknown_length(kind: str, folder: Path) -> tuple[Path, float]:
     """A file, and how many seconds it lasts, of which libsndfile would read less or complain of its end."""
-    quiet = np.random.default_rng(0).normal(0, 1, (34 * RATE, 1)) * np.repeat([0.001, 0.1], 17 * RATE)[:, None]
-    source = write(folder / "source.wav", quiet)
     name, _, how = kind.partition(" ")
-    path = folder / f"a.{name}"
+    if how.startswith("joined"):
+        return joined(folder, name, float(how.split()[1])), 34 + float(how.split()[1])
+    noise = np.random.default_rng(0).normal(0, 0.1, (34 * RATE, 1))
+    noise[: 17 * RATE] /= 100
+    source, path = write(folder / "source.wav", noise), folder / f"a.{name}"
     match how:
         case "piped":
             return piped(source, path, name), 34
         case "without header":
             return convert(source, path, "-write_xing", "0", "-b:a", "64k"), 34
-        case "joined":
-            codec = {"ogg": "libvorbis", "opus": "libopus", "mp3": "libmp3lame"}[name]
-            options = ["-c:a", codec, "-metadata", f"title={'x' * 9000}"]
-            other = [] if name == "mp3" else ["-serial_offset", "7"]
-            one, two = (
-                convert(source, folder / f"1.{name}", *options),
-                convert(source, folder / f"2.{name}", *options, *other),
-            )
-            path.write_bytes(one.read_bytes() + two.read_bytes())
-            return path, 68
+        case "with a header of no frames":
+            content = bytearray(convert(source, path, "-q:a", "4").read_bytes())
+            at = re.search(b"Xing|Info", content).start()
+            content[at + 8 : at + 12] = bytes(4)
+            path.write_bytes(content)
+            return path, 34
+        case "of mp3":
+            return convert(source, path, "-c:a", "libmp3lame", "-b:a", "64k"), 34
         case _:  # of a writer that was ended before it could tell
             content = bytearray(source.read_bytes())
             content[4:8] = content[40:44] = bytes(4)
@@ -169,7 +189,10 @@ def of_unknown_length(kind: str, folder: Path) -> tuple[Path, float]:
             return path, 34
 
 
-UNKNOWN = ["mp3 piped", "mp3 without header", "mp3 joined", "ogg joined", "opus joined", "flac piped", "wav ended"]
+UNKNOWN = [
+    "mp3 piped", "mp3 without header", "mp3 with a header of no frames", "mp3 joined 34", "mp3 joined 1",
+    "ogg joined 34", "ogg joined 1", "opus joined 34", "opus joined 1", "flac piped", "wav of mp3", "wav ended",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", UNKNOWN)
@@ -189,6 +212,45 @@ def test_files_that_do_not_tell_how_long_they_are_are_not_read_in_part(tmp_path,
     for read in (lambda: list(decode(path)), lambda: decoding.read_spans(path, [(1, 2)])):
         with pytest.raises(NoFfmpegError, match="does not tell how long it is, and needs ffmpeg"):
             read()
+
+
+@pytest.mark.parametrize("kind", ["ogg", "mp3"])
+@pytest.mark.parametrize("options", [["-ac", "2"], ["-ar", "22050"]], ids=["stereo", "another rate"])
+def test_joined_files_that_differ_are_heard_to_their_end_or_said_not_to_be(tmp_path, kind, options):
+    """What follows comes at its time, and without ffmpeg's silence for what it takes to begin late."""
+    blocks = decode(joined(tmp_path, kind, 5, *options))
+    found = []
+    try:
+        found.extend(block for block, _ in blocks)
+    except AudioError as error:  # of ffmpeg 6 and later
+        assert "could not be read to its end" in str(error) and sum(map(len, found)) / RATE == pytest.approx(
+            34, abs=0.2
+        )
+    else:
+        assert sum(map(len, found)) / RATE == pytest.approx(39, abs=0.3)
+
+
+@pytest.mark.parametrize("options", [["-ar", "16000", "-q:a", "9"], ["-ar", "8000", "-b:a", "8k"], ["-ar", "44100"]])
+def test_a_span_of_an_mp3_is_that_of_the_whole(tmp_path, options):
+    """Its frames take bits of those before."""
+    noise = np.random.default_rng(0).normal(0, 1, 20 * RATE)
+    noise = soxr.resample(
+        noise * np.repeat(np.random.default_rng(1).uniform(0, 0.1, 100), 20 * RATE // 100), RATE, RATE
+    )
+    path = convert(write(tmp_path / "a.wav", noise), tmp_path / "a.mp3", *options)
+    samples, rate = whole(path)
+    for start in (0.3, 4.0, 11.1, 19.0):
+        ((piece,), _) = decoding.read_spans(path, [(start, start + 0.7)])
+        np.testing.assert_allclose(piece, samples[round(start * rate) : round((start + 0.7) * rate)], atol=1e-5)
+
+
+def test_a_header_of_a_hostile_rate_takes_no_memory(tmp_path):
+    path = write(tmp_path / "a.wav", tone(3))
+    content = bytearray(path.read_bytes())
+    content[24:28], content[40:44] = (0x7FFFFFFF).to_bytes(4, "little"), bytes(4)
+    path.write_bytes(content)
+    with suppress(AudioError):
+        assert len(whole(path)[0]) == 3 * RATE
 
 
 @pytest.mark.parametrize("options", [["-q:a", "4"], ["-b:a", "64k"]], ids=["variable", "constant"])
@@ -316,14 +378,28 @@ def test_a_file_cut_short_gives_what_is_there_and_then_says_so(tmp_path, kind):
     assert 9.9 < sum(map(len, found)) / RATE < 16
 
 
-def test_a_wav_of_over_4_gb_is_not_taken_for_its_rest(tmp_path, wav):
-    """Its header has the length modulo 2**32, as ffmpeg writes it; the file here has a hole."""
-    with wav.open("r+b") as file:
-        file.truncate(wav.stat().st_size + (1 << 32))
-    found = []
-    with pytest.raises(AudioError, match=r"over 4 GB, of which its header can tell 3 s only: make a FLAC"):
-        found.extend(block for block, _ in decode(wav))
-    assert sum(map(len, found)) == 3 * RATE
+@pytest.mark.parametrize("how", ["over 4 GB", "over 4 GB of unknown length", "joined", "recorded on"])
+def test_a_wav_with_sound_that_its_header_does_not_tell_of(tmp_path, wav, how):
+    """Sizes of 32 bits: ffmpeg writes them modulo 2**32, others as all ones; of 5 GB, the file here has a hole."""
+    size, content = wav.stat().st_size, wav.read_bytes()
+    if how == "over 4 GB":
+        os.truncate(wav, size + (1 << 32))
+    elif how == "over 4 GB of unknown length":
+        wav.write_bytes(content[:40] + b"\xff" * 4 + content[44:])
+        os.truncate(wav, 5_000_000_000)
+    else:
+        wav.write_bytes(content * 2 if how == "joined" else content + content[44:])
+    assert audio_lengths.bytes_untold(wav) > 2 * 2 * RATE
+    if "unknown" not in how:  # that would be hours
+        found = []
+        with pytest.raises(AudioError, match=r"MB are behind the sound that its header can tell of, 3 s: make a FLAC"):
+            found.extend(block for block, _ in decode(wav))
+        assert sum(map(len, found)) == 3 * RATE
+
+
+def test_what_follows_the_sound_of_a_wav_may_be_no_sound(tmp_path, wav):
+    wav.write_bytes(wav.read_bytes() + b"LIST" + (300_001).to_bytes(4, "little") + b"x" * 300_002 + b"id3 \0\0\0\0")
+    assert audio_lengths.bytes_untold(wav) == 0 and len(whole(wav)[0]) == 3 * RATE
 
 
 def test_damage_in_the_middle(tmp_path):

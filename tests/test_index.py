@@ -455,3 +455,9 @@ def test_clips_that_cannot_be_used_are_named_and_not_found(tiny_model, own_corpu
     assert skipped["utterance_id"].tolist() == [rows["utterance_id"].iloc[2]] and "silent" in skipped["reason"][0]
     hits = found.search(QUERY, k=10)
     assert len(hits) == 5 and rows["utterance_id"].iloc[2] not in set(hits["utterance_id"])
+
+
+def test_a_manifest_with_a_column_that_no_index_can_have_is_refused_before_it_is_embedded(manifest, monkeypatch):
+    monkeypatch.setattr("esr_utils.embedding.embed", None)
+    with pytest.raises(IndexUnusable, match="columns '_split', 'score' cannot be in an index"):
+        build(None, manifest.assign(_split="test", score=1.0))

@@ -465,6 +465,8 @@ def test_hits_are_cut_out_as_recorded(folder, tmp_path):
     assert ",1,0.5\n" in (tmp_path / "clips" / "hits.csv").read_text()  # the channel, no 1.0 for the others' sake
     again = clips.export(table, tmp_path / "again")  # what an export told is told anew
     pd.testing.assert_frame_equal(again, table)
+    labelled = clips.export(found.assign(problem="the line"), tmp_path / "labelled")
+    assert set(labelled["problem"]) == {""} and set(labelled["problem_label"]) == {"the line"}
 
 
 @pytest.mark.parametrize("kind", ["mp3", "ogg", "m4a"])

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from esr_utils.audio_files import AudioError
 from esr_utils.audio_folder import AUDIO, PLAIN, VIDEO, printable
-from esr_utils.decoding import ForFfmpegError, NoFfmpegError, find_ffmpeg, read_blocks, sndfile_info
+from esr_utils.decoding import ForFfmpegError, NoFfmpegError, decode, find_ffmpeg, sndfile_info
 from esr_utils.runs import atomic_path
 
 SOUND_RATE = 44_100  # Hz; what the separator is trained on
@@ -98,7 +98,7 @@ def extract_sound(source: Path, target: Path) -> None:
         _by_ffmpeg(source, target, str(error))
     else:
         mono = info.channels != 2  # of more than two, which is which is not known
-        blocks = (block.mean(axis=1, keepdims=True) if mono else block for block in read_blocks(source))
+        blocks = (block.mean(axis=1, keepdims=True) if mono else block for block, _ in decode(source))
         write_sound(blocks, info.samplerate, [(target, SOUND_RATE)], 1 if mono else 2)
     if soundfile.info(target).frames == 0:
         target.unlink()
