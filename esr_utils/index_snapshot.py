@@ -138,13 +138,8 @@ class Snapshot:
 
         def best(n: int) -> Rows:
             nonlocal found
-            search = self.table.table.search(vector, vector_column_name="vector").distance_type("dot")
-            if condition is not None:
-                search = search.where(condition, prefilter=True)
-            search = search.limit(max(_TIMES * n, _LEAST)).nprobes(_PROBES)
-            # all at once: LanceDB would read the vectors first (`refine_factor`), and then the rest of the best; and by
-            # batches, since `to_arrow` asks the table for its schema once more
-            found = search.select([*self.columns, "vector", "_distance"]).with_row_id(True).to_batches().read_all()
+            n_read = max(_TIMES * n, _LEAST)
+            found = self.table.nearest(vector, n_read, _PROBES, [*self.columns, "vector"], condition)
             scores = _products(matrix(found["vector"], self.table.about["dim"]), vector)
             rows = nearest.best(scores, n)
             return found["_rowid"].to_numpy()[rows], scores[rows]
