@@ -209,11 +209,11 @@ class Index(IndexWriter):
 
         Takes a query and raises as `search`; off by as much as `nearest.Vectors` says.
         """
-        return self._scored(self._current(), self._vector(query, minus, minus_weight)).scores
+        return self._scored(self._current(), self._vector(query, minus, minus_weight)).scores()
 
     def scores_like(self, example: str | Path) -> NDArray[np.float32]:
         """As `scores`, with an example as `search_like` takes it; which, if it is of the index, is among them."""
-        return self._scored(self._current(), self._example(example)[1]).scores
+        return self._scored(self._current(), self._example(example)[1]).scores()
 
     def _example(self, example: str | Path) -> tuple[int | None, NDArray[np.float32]]:
         """An example's row id, None if it is not of this index, and its unit vector (d,)."""
@@ -280,7 +280,7 @@ class Index(IndexWriter):
                 break
             n *= 8
         rows, scores = rows[offset:wanted], scores[offset:wanted]
-        ranks, shares = np.arange(offset + 1, offset + 1 + len(rows)), nearest.share_below(found.scores, scores)
+        ranks, shares = np.arange(offset + 1, offset + 1 + len(rows)), nearest.share_below(found.scores(), scores)
         moments = found.take(rows)
         columns = dict(zip(moments.column_names, moments.columns, strict=True))
         return pa.table({"rank": ranks, "score": scores, "percentile": shares, **columns}).to_pandas()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import reduce
 from operator import and_, or_
@@ -26,6 +27,8 @@ _SAMPLE = 4096  # vectors that stand for all of them where not all are scored
 # Of an approximate search: lists read; and how many times k, and at least how many, are scored again exactly. Of a
 # million the recall@10 is 0.99 for queries among the vectors, 0.98 for sentences, 0.97 for these minus another.
 _PROBES, _TIMES, _LEAST = 16, 2, 20
+
+_ASIDE = ThreadPoolExecutor(1, "esr-aside")
 
 Rows = tuple[NDArray[np.uint64], NDArray[np.float32]]
 
@@ -126,7 +129,7 @@ class Snapshot:
             rows = rows[nearest.best(scores[rows], n)]
             return row_ids[rows], scores[rows]
 
-        return Scored(best, scores, lambda rows: self._shown(found, rows))
+        return Scored(best, lambda: scores, lambda rows: self._shown(found, rows))
 
     def approximate(self, vector: NDArray[np.float32], condition: Expr | None) -> Scored:
         """The best found by the approximate index, and scored exactly; the share below is that of a sample."""
@@ -144,7 +147,8 @@ class Snapshot:
             rows = nearest.best(scores, n)
             return found["_rowid"].to_numpy()[rows], scores[rows]
 
-        return Scored(best, np.einsum("nd,d->n", self.sample(), vector), lambda rows: self._shown(found, rows))
+        scores = _ASIDE.submit(np.einsum, "nd,d->n", self.sample(), vector)  # while LanceDB looks for the best
+        return Scored(best, scores.result, lambda rows: self._shown(found, rows))
 
     def _shown(self, found: pa.Table, rows: NDArray[np.uint64]) -> pa.Table:
         """Some of the rows that were found."""
@@ -218,7 +222,7 @@ class Scored:
     """
 
     best: Callable[[int], Rows]
-    scores: NDArray[np.float32]
+    scores: Callable[[], NDArray[np.float32]]
     take: Callable[[NDArray[np.uint64]], pa.Table]
 
 
