@@ -52,6 +52,19 @@ def real_vectors() -> np.ndarray:
     return np.load(path)
 
 
+def sentences() -> dict[str, np.ndarray]:
+    """By kind, (n, 256) of sentences as users write them: they lie far from the vectors of speech."""
+    from esr_utils import retriever
+    from esr_utils.query_vectors import of_query, unit
+
+    model = retriever.load(FOLDER / "run" / "best")
+    styles = ["angry", "calm", "happy", "sad", "whispered", "bored", "excited", "fearful", "sarcastic", "sleepy"]
+    forms = ["A {} voice.", "someone sounding very {} on the phone", "a {} answer, hardly audible"]
+    alone = [of_query(form.format(style), model, DIM) for style in styles for form in forms]
+    minus = [unit(one - 0.5 * other) for one, other in zip(alone, alone[4:] + alone[:4], strict=True)]
+    return {"sentences": np.stack(alone), "sentences minus another": np.stack(minus)}
+
+
 def more(real: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
     noise = rng.standard_normal((n, DIM), dtype=np.float32) * np.float32(NOISE / DIM**0.5)
     vectors = real[rng.integers(len(real), size=n)] + noise
@@ -149,6 +162,8 @@ def approximate(uri: Path, queries: np.ndarray) -> None:
     recall, median = index.recall(K, queries), float(np.median(times))
     print(f"approximate: {median:.1f} ms (95 %: {np.quantile(times, 0.95):.1f}){met(median, LIMITS['approximate'])}, "
           f"recall@{K} {recall:.3f}{met(-recall, -LIMITS['recall'])}; built in {built:.0f} s", flush=True)  # fmt: skip
+    others = ", ".join(f"of {kind} {index.recall(K, vectors):.3f}" for kind, vectors in sentences().items())
+    print(f"  recall@{K} {others}", flush=True)
 
 
 def met(value: float, limit: float) -> str:

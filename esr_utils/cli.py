@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from esr_utils.index import Index
 
-
 _MOST_S = 1e8  # seconds, three years: no recording is longer
 
 

@@ -24,11 +24,10 @@ if TYPE_CHECKING:
     from esr_utils import nearest
 
 _SAMPLE = 4096  # vectors that stand for all of them where not all are scored
-# Of an approximate search: lists read; and how many times k, and at least how many, are scored again exactly. Of a
-# million the recall@10 is 0.99 for queries among the vectors, 0.98 for sentences, 0.97 for these minus another.
-_PROBES, _TIMES, _LEAST = 16, 2, 20
-
-_ASIDE = ThreadPoolExecutor(1, "esr-aside")
+# Of an approximate search: lists read; and how many times k, and at least how many, are scored again exactly. For the
+# recall that this gives see `benchmarks/index_search.py`.
+_PROBES, _TIMES, _LEAST = 32, 2, 20
+_ASIDE = ThreadPoolExecutor(1, "esr-aside")  # scores the sample meanwhile
 
 Rows = tuple[NDArray[np.uint64], NDArray[np.float32]]
 
@@ -147,7 +146,7 @@ class Snapshot:
             rows = nearest.best(scores, n)
             return found["_rowid"].to_numpy()[rows], scores[rows]
 
-        scores = _ASIDE.submit(np.einsum, "nd,d->n", self.sample(), vector)  # while LanceDB looks for the best
+        scores = _ASIDE.submit(np.einsum, "nd,d->n", self.sample(), vector)
         return Scored(best, scores.result, lambda rows: self._shown(found, rows))
 
     def _shown(self, found: pa.Table, rows: NDArray[np.uint64]) -> pa.Table:

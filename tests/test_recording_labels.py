@@ -160,10 +160,7 @@ def test_numbers_in_a_column_of_text_are_text(index, folder):
     [
         ("speaker\nanna\n", "has no column 'path'; it has speaker"),
         ("path,id,score\none.flac,1,2\n", "columns 'id', 'score' cannot be in an index"),
-        (
-            "path,_rowid,a b,\none.flac,1,2,3\n",
-            "columns '', '_rowid', 'a b' cannot be in an index",
-        ),
+        ("path,_rowid,a b,\none.flac,1,2,3\n", "columns '', '_rowid', 'a b' cannot be in an index"),
         ("path,start_s\none.flac,now\n", "line 2: 'now' is no number"),
         ("path,end_s\none.flac,nan\n", "line 2: 'nan' is no number"),
         ("path,speaker\none.flac\n", "labels.csv"),
