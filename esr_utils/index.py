@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from esr_utils import runs
+from esr_utils import nearest, runs
 from esr_utils.audio_folder import absolute_key, absolute_path
 from esr_utils.config import Level
 from esr_utils.index_rows import Embedded, File, IndexUnusable, unfit
@@ -257,8 +257,6 @@ class Index(IndexWriter):
         without: int | None = None,
     ) -> pd.DataFrame:
         """Hits as `search` returns them; `without` is the row id of one that is left out."""
-        from esr_utils import nearest
-
         for name, value, least in (("k", k, 1), ("offset", offset, 0)):
             if not isinstance(value, int | np.integer) or value < least:
                 raise QueryError(f"{name} is {value}; it must be a whole number of at least {least}")

@@ -16,12 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from esr_utils import nearest
 from esr_utils.index_table import IndexTable, matrix, places
 
 if TYPE_CHECKING:
     from lancedb.expr import Expr
-
-    from esr_utils import nearest
 
 _SAMPLE = 4096  # vectors that stand for all of them where not all are scored
 # Of an approximate search: lists read; and how many times k, and at least how many, are scored again exactly. For the
@@ -105,8 +104,6 @@ class Snapshot:
 
     def exact(self, vector: NDArray[np.float32], condition: Expr | None) -> Scored:
         """All moments scored; the share below is right to the last moment, but with a condition only to about 0.001."""
-        from esr_utils import nearest
-
         vectors, row_ids, order = self._loaded()
         scores, errors = vectors.scores(vector)
         found = pa.table({})  # with their columns: to read these for themselves would take as long again
@@ -132,8 +129,6 @@ class Snapshot:
 
     def approximate(self, vector: NDArray[np.float32], condition: Expr | None) -> Scored:
         """The best found by the approximate index, and scored exactly; the share below is that of a sample."""
-        from esr_utils import nearest
-
         self._warm()
         condition = self.alive(condition) if condition is not None or self._dead else None
         found = pa.table({})
@@ -198,8 +193,6 @@ class Snapshot:
     def _loaded(self) -> tuple[nearest.Vectors, NDArray[np.uint64], NDArray[np.int64]]:
         """All vectors, read into memory once; their row ids; and the order that sorts these."""
         if self._vectors is None:
-            from esr_utils import nearest  # here: torch takes seconds, and an index is refreshed without a search
-
             dim, row_ids = self.table.about["dim"], []
             vectors = nearest.Vectors(self.n_moments, dim)
             for batch in self.table.batches(["vector"], self.alive()):

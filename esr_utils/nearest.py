@@ -4,7 +4,7 @@ A query reads each vector once, so the memory's speed is the limit, and a quarte
 All vectors are turned by one random rotation, so that rounding them has no direction in common with any query. A vector
 x is then kept as whole numbers c, one scale s and the length of what was rounded away, e = ||x - s c||: a unit query q
 scores q.(s c), off by a random number of standard deviation e / sqrt(d). Only the few that reach the n-th best score,
-give or take eight of these, can be among the n best: they are scored again by their own values, by whoever keeps them.
+give or take seven of these, can be among the n best: they are scored again by their own values, by whoever keeps them.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 
+import numkong
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 _THREADS = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
-_PART = 1 << 14  # rows that a thread scores at a time
+_PART = 1 << 16  # rows that a thread scores at a time
 _BLOCK = 256  # scores of which the best is looked at first
 _FINE = 254  # steps of a query's second byte in one of its first
-_DEVIATIONS = 8.0  # a score is further off in one of 10^14 cases
+_DEVIATIONS = 7.0  # a score is further off in one of 10^11 cases
 TIE = 1e-6  # scores closer than this are the same; more than what fp32 is off by in a product
 
 
@@ -29,61 +29,59 @@ class Vectors:
 
     def __init__(self, n: int, dim: int) -> None:
         # all at once: pieces between what is let go while they are made would leave holes in the memory
-        self._codes = torch.empty(n, dim, dtype=torch.int8)
-        self._scales, self._errors = torch.empty(n), torch.empty(n)
+        self._codes = np.empty((n, dim), np.int8)
+        self._scales, self._errors = np.empty(n, np.float32), np.empty(n, np.float32)
         self._rows = 0
-        self._rotation = torch.linalg.qr(torch.randn(dim, dim, generator=torch.Generator().manual_seed(0))).Q
-        # threads of our own: torch's wait for each other at every step, for long where other programs run
-        self._threads = ThreadPoolExecutor(_THREADS, "scores", torch.set_num_threads, (1,))
+        self._rotation = np.linalg.qr(np.random.default_rng(0).standard_normal((dim, dim)))[0].astype(np.float32)
+        self._threads = ThreadPoolExecutor(_THREADS, "scores")
 
     def add(self, vectors: NDArray[np.float16]) -> None:
         """Adds (n, d) rows; some thousand at a time are best."""
         rows = slice(self._rows, self._rows + len(vectors))
-        self._threads.submit(self._round, rows, torch.tensor(vectors)).result()
-        self._rows = rows.stop
-
-    def _round(self, rows: slice, vectors: torch.Tensor) -> None:
-        turned = vectors.float() @ self._rotation
-        scales = turned.abs().amax(1).clamp_min(1e-30) / 127
-        codes = (turned / scales[:, None]).round()
+        turned = vectors.astype(np.float32) @ self._rotation
+        scales = np.maximum(np.abs(turned).max(axis=1), 1e-30) / 127
+        codes = np.rint(turned / scales[:, None])
         turned -= codes * scales[:, None]
         off = min(1.0, _DEVIATIONS / turned.shape[1] ** 0.5)
         self._codes[rows], self._scales[rows] = codes, scales
-        self._errors[rows] = off * torch.linalg.vector_norm(turned, dim=1) + TIE
+        self._errors[rows] = off * np.linalg.norm(turned, axis=1) + TIE
+        self._rows = rows.stop
 
     def scores(self, query: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Of a unit query (d,): (n,) dot products in the order of the rows, and (n,) how far off each is at most."""
-        halves, values, rounded = self._threads.submit(self._halves, torch.tensor(query)).result()
-        found, errors = torch.empty(self._rows), torch.empty(self._rows)
+        halves, values, rounded = self._halves(query)
+        found, errors = np.empty(self._rows, np.float32), np.empty(self._rows, np.float32)
+        packed = numkong.dots_pack(halves)
 
         def score(start: int) -> None:
             rows = slice(start, min(start + _PART, self._rows))
-            # torch's one product of int8 into int32, which no sum overflows; it has no public name
-            products = torch._int_mm(self._codes[rows], halves).float()
-            torch.mul(products @ values, self._scales[rows], out=found[rows])
-            torch.add(self._errors[rows], rounded, out=errors[rows])
+            products = np.asarray(numkong.dots_packed(self._codes[rows], packed))
+            np.matmul(products.astype(np.float32), values, out=found[rows])
+            found[rows] *= self._scales[rows]
+            np.add(self._errors[rows], rounded, out=errors[rows])
 
         list(self._threads.map(score, range(0, self._rows, _PART)))
-        return found.numpy(), errors.numpy()
+        return found, errors
 
-    def _halves(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """A query turned, as (d, 2) int8 and what these are worth (2,), and the length of what was rounded away."""
-        turned = query.float() @ self._rotation
-        scale = turned.abs().max() / 127
-        first = (turned / scale).round()
-        halves = torch.stack([first, ((turned / scale - first) * _FINE).round()], dim=1)
-        values = torch.stack([scale, scale / _FINE])
-        return halves.to(torch.int8), values, float(torch.linalg.vector_norm(turned - halves @ values))
+    def _halves(self, query: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32], np.float32]:
+        """A query turned, as (2, d) int8 and what these are worth (2,), and the length of what was rounded away."""
+        turned = query.astype(np.float32) @ self._rotation
+        scale = np.abs(turned).max() / 127
+        first = np.rint(turned / scale)
+        halves = np.stack([first, np.rint((turned / scale - first) * _FINE)])
+        values = np.array([scale, scale / _FINE], np.float32)
+        return halves.astype(np.int8), values, np.linalg.norm(turned - values @ halves)
 
 
 def candidates(scores: NDArray[np.float32], errors: NDArray[np.float32], n: int) -> NDArray[np.int64]:
     """Rows, ascending, that may be among the n best or tie with them, by scores that are off by at most the errors."""
     if n >= len(scores):
         return np.arange(len(scores))
-    some, n_blocks = np.arange(len(scores)), len(scores) // _BLOCK
-    if n_blocks > n:  # a bound by blocks: the n best of those above it are n good ones, found in one pass over all
+    bound, n_blocks = -np.inf, len(scores) // _BLOCK
+    if n_blocks > n:  # by blocks: the n best of those above it are n good ones, found in one pass over all
         tops = scores[: n_blocks * _BLOCK].reshape(n_blocks, _BLOCK).max(axis=1)
-        some = np.flatnonzero(scores >= np.partition(tops, -n)[-n])
+        bound = np.partition(tops, -n)[-n]
+    some = np.flatnonzero(scores >= bound)
     limit = np.partition(scores[some] - errors[some], -n)[-n]
     near = np.flatnonzero(scores >= limit - errors.max())
     return near[scores[near] + errors[near] >= limit]
