@@ -281,7 +281,8 @@ class Index(IndexWriter):
         ranks, shares = np.arange(offset + 1, offset + 1 + len(rows)), nearest.share_below(found.scores(), scores)
         moments = found.take(rows)
         columns = dict(zip(moments.column_names, moments.columns, strict=True))
-        return pa.table({"rank": ranks, "score": scores, "percentile": shares, **columns}).to_pandas()
+        hits = pa.table({"rank": ranks, "score": scores, "percentile": shares, **columns})
+        return hits.to_pandas(use_threads=False)  # for so few rows waking them takes longer
 
     @staticmethod
     def _scored(

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from esr_utils import nearest
-from esr_utils.index_table import IndexTable, matrix, places
+from esr_utils.index_table import IndexTable, matrix
 
 if TYPE_CHECKING:
     from lancedb.expr import Expr
@@ -59,7 +59,7 @@ class Snapshot:
         self.columns = table.columns()
         self._vectors: tuple[nearest.Vectors, NDArray[np.uint64], NDArray[np.int64]] | None = None
         self._random: NDArray[np.float32] | None = None
-        self._groups: dict[str, tuple[NDArray[np.uint64], NDArray[np.int64]]] = {}
+        self._kept: Columns | None = None
 
     @property
     def has_approximate(self) -> bool:
@@ -106,7 +106,6 @@ class Snapshot:
         """All moments scored; the share below is right to the last moment, but with a condition only to about 0.001."""
         vectors, row_ids, order = self._loaded()
         scores, errors = vectors.scores(vector)
-        found = pa.table({})  # with their columns: to read these for themselves would take as long again
         met_places = None
         if condition is not None:
             met = _joined(
@@ -115,46 +114,43 @@ class Snapshot:
             met_places = np.sort(order[np.searchsorted(row_ids, met, sorter=order)])  # ties keep the order of the table
 
         def best(n: int) -> Rows:
-            nonlocal found
             some = slice(None) if met_places is None else met_places
             rows = nearest.candidates(scores[some], errors[some], n)
             rows = rows if met_places is None else met_places[rows]
-            found = self.table.rows(row_ids[rows], ["vector", *self.columns])
-            scores[rows] = _products(matrix(found["vector"], self.table.about["dim"]), vector)
+            own = self.table.rows(row_ids[rows], ["vector"])["vector"]
+            scores[rows] = _products(matrix(own, self.table.about["dim"]), vector)
             errors[rows] = 0
             rows = rows[nearest.best(scores[rows], n)]
             return row_ids[rows], scores[rows]
 
-        return Scored(best, lambda: scores, lambda rows: self._shown(found, rows))
+        return Scored(best, lambda: scores, self._all_columns().of)
 
     def approximate(self, vector: NDArray[np.float32], condition: Expr | None) -> Scored:
         """The best found by the approximate index, and scored exactly; the share below is that of a sample."""
         self._warm()
         condition = self.alive(condition) if condition is not None or self._dead else None
-        found = pa.table({})
+        columns = self._kept
+        read = ["vector"] if columns else ["vector", *self.columns]
 
         def best(n: int) -> Rows:
-            nonlocal found
-            n_read = max(_TIMES * n, _LEAST)
-            found = self.table.nearest(vector, n_read, _PROBES, [*self.columns, "vector"], condition)
+            nonlocal columns
+            found = self.table.nearest(vector, max(_TIMES * n, _LEAST), _PROBES, read, condition)
+            columns = self._kept or Columns(found.select(["_rowid", *self.columns]))
             scores = _products(matrix(found["vector"], self.table.about["dim"]), vector)
             rows = nearest.best(scores, n)
             return found["_rowid"].to_numpy()[rows], scores[rows]
 
         scores = _ASIDE.submit(np.einsum, "nd,d->n", self.sample(), vector)
-        return Scored(best, scores.result, lambda rows: self._shown(found, rows))
-
-    def _shown(self, found: pa.Table, rows: NDArray[np.uint64]) -> pa.Table:
-        """Some of the rows that were found."""
-        return found.take(places(found, rows)).select(list(self.columns))
+        return Scored(best, scores.result, lambda rows: columns.of(rows))
 
     def _warm(self) -> None:
-        """Before the second query, reads the approximate index into memory, for a million moments 150 MB in half a
-        second. Else each would wait for the parts that none before it had asked for, about as long as it takes itself;
-        but who asks once needs no more than these."""
+        """Before the second query, reads the approximate index and the columns into memory, for a million moments
+        250 MB in a second. Else each would wait for the parts that none before it had asked for, longer than it takes
+        itself; but who asks once needs no more than these."""
         self._asked += 1
         if self._asked == 2 and self.has_approximate:
             self.table.table.prewarm_index(self._approximate)
+            self._all_columns()
 
     def sample(self) -> NDArray[np.float32]:
         """(n, d), at most 4096 of the vectors, drawn with seed 0."""
@@ -172,23 +168,17 @@ class Snapshot:
     def first_of_each(self, rows: NDArray[np.uint64], column: str) -> NDArray[np.int64]:
         """Places of those rows before which none has the same value in a column; rows without a value all stay."""
         self._kind(column)
-        if column not in self._groups:
-            self._groups[column] = self._codes(column)
-        row_ids, codes = self._groups[column]
-        codes = codes[np.searchsorted(row_ids, rows)]
-        return np.sort(np.unique(codes, return_index=True)[1])
-
-    def _codes(self, column: str) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-        """Row ids, ascending, and a number for each row's value; each empty value has one of its own."""
-        found = list(self.table.batches([column], self.alive()))
-        if not found:
-            return np.zeros(0, np.uint64), np.zeros(0, np.int64)
-        found = pa.Table.from_batches(found)
-        row_ids, values = found["_rowid"].to_numpy(), found[column].combine_chunks().dictionary_encode()
+        values = self._all_columns().of(rows)[column].combine_chunks().dictionary_encode()
         codes = values.indices.fill_null(-1).to_numpy().astype(np.int64)
         codes = np.where(codes < 0, -1 - np.arange(len(codes)), codes)
-        order = np.argsort(row_ids)
-        return row_ids[order], codes[order]
+        return np.sort(np.unique(codes, return_index=True)[1])
+
+    def _all_columns(self) -> Columns:
+        """Those of all moments, read into memory once, 100 MB a million: to read them hit by hit takes some ms."""
+        if self._kept is None:
+            schema = pa.schema({**self.columns, "_rowid": pa.uint64()})
+            self._kept = Columns(pa.Table.from_batches(self.table.batches(list(self.columns), self.alive()), schema))
+        return self._kept
 
     def _loaded(self) -> tuple[nearest.Vectors, NDArray[np.uint64], NDArray[np.int64]]:
         """All vectors, read into memory once; their row ids; and the order that sorts these."""
@@ -201,6 +191,24 @@ class Snapshot:
             row_ids = _joined(row_ids)
             self._vectors = vectors, row_ids, np.argsort(row_ids)
         return self._vectors
+
+
+class Columns:
+    """Columns of moments, found by their row ids.
+
+    Args:
+        found: these, and `_rowid`.
+    """
+
+    def __init__(self, found: pa.Table) -> None:
+        self._columns = found.drop_columns("_rowid").combine_chunks()  # to take from many takes longer
+        row_ids = found["_rowid"].to_numpy()
+        self._order = np.argsort(row_ids)
+        self._row_ids = row_ids[self._order]
+
+    def of(self, rows: NDArray[np.uint64]) -> pa.Table:
+        """The moments of some row ids, in the order of these."""
+        return self._columns.take(self._order[np.searchsorted(self._row_ids, rows)])
 
 
 @dataclass(frozen=True)

@@ -215,7 +215,7 @@ class IndexTable:
     def rows(self, row_ids: NDArray[np.uint64], columns: Sequence[str]) -> pa.Table:
         """Rows by their `_rowid`, with it, in the order asked for."""
         found = self.table.take_row_ids(row_ids.tolist()).select(list(columns)).with_row_id().to_arrow()
-        return found.take(places(found, row_ids))
+        return found.take(pc.index_in(pa.array(row_ids, pa.uint64()), found["_rowid"]))
 
     def nearest(
         self, vector: NDArray[np.float32], n: int, probes: int, columns: Sequence[str], where: Expr | None = None
@@ -233,11 +233,6 @@ class IndexTable:
             return await (query if where is None else query.where(where)).to_arrow()
 
         return LOOP.run(found())
-
-
-def places(found: pa.Table, row_ids: NDArray[np.uint64]) -> pa.Array:
-    """Where rows are in a table that has their `_rowid`."""
-    return pc.index_in(pa.array(row_ids, pa.uint64()), found["_rowid"])
 
 
 def matrix(vectors: pa.FixedSizeListArray | pa.ChunkedArray, dim: int) -> NDArray[np.float16]:

@@ -327,6 +327,20 @@ def test_past_the_limit_the_approximate_index_answers_and_sees_what_is_new(large
     assert hits["start_s"][0] == 9.5 and hits["file"].tolist().count("f0") == 1
 
 
+@pytest.mark.parametrize("options", [{}, {"where": {"channel": 1}}, {"one_per": "file", "offset": 3}])
+def test_hits_of_what_is_in_memory_are_those_read_for_a_first_query(large, options):
+    index, _ = large
+    index.build_approximate()
+    query, reads = unit(1, 4)[0], []
+    opened = Index.open(index.uri)
+    nearest = opened.nearest
+    opened.nearest = lambda *args: reads.append(args[3]) or nearest(*args)
+    first, *others = (opened.search(query, approximate=True, **options) for _ in range(3))
+    for found in others:
+        pd.testing.assert_frame_equal(found, first)
+    assert "id" in reads[0] and reads[-1] == ["vector"] and len(first) == 10
+
+
 def test_the_approximate_index_is_read_into_memory_once_when_a_second_query_comes(large, monkeypatch):
     index, _ = large
     index.search(unit(1, 4)[0], approximate=True)  # with none there is nothing to read
