@@ -123,7 +123,7 @@ class Snapshot:
             rows = rows[nearest.best(scores[rows], n)]
             return row_ids[rows], scores[rows]
 
-        return Scored(best, lambda: scores, self._all_columns().of)
+        return Scored(best, lambda: scores, lambda rows: self._all_columns().of(rows))
 
     def approximate(self, vector: NDArray[np.float32], condition: Expr | None) -> Scored:
         """The best found by the approximate index, and scored exactly; the share below is that of a sample."""
@@ -135,7 +135,7 @@ class Snapshot:
         def best(n: int) -> Rows:
             nonlocal columns
             found = self.table.nearest(vector, max(_TIMES * n, _LEAST), _PROBES, read, condition)
-            columns = self._kept or Columns(found.select(["_rowid", *self.columns]))
+            columns = columns if read == ["vector"] else Columns(found.select(["_rowid", *self.columns]))
             scores = _products(matrix(found["vector"], self.table.about["dim"]), vector)
             rows = nearest.best(scores, n)
             return found["_rowid"].to_numpy()[rows], scores[rows]
@@ -144,9 +144,9 @@ class Snapshot:
         return Scored(best, scores.result, lambda rows: columns.of(rows))
 
     def _warm(self) -> None:
-        """Before the second query, reads the approximate index and the columns into memory, for a million moments
-        250 MB in a second. Else each would wait for the parts that none before it had asked for, longer than it takes
-        itself; but who asks once needs no more than these."""
+        """Before the second query, reads the approximate index and the columns into memory, for a million moments of
+        short names 250 MB in a second. Else each would wait for the parts that none before it had asked for, longer
+        than it takes itself; but who asks once needs no more than these."""
         self._asked += 1
         if self._asked == 2 and self.has_approximate:
             self.table.table.prewarm_index(self._approximate)
@@ -174,7 +174,8 @@ class Snapshot:
         return np.sort(np.unique(codes, return_index=True)[1])
 
     def _all_columns(self) -> Columns:
-        """Those of all moments, read into memory once, 100 MB a million: to read them hit by hit takes some ms."""
+        """Those of all moments, read into memory once: to read them hit by hit takes some ms. A million moments take
+        100 MB where names are short and there is no other text."""
         if self._kept is None:
             schema = pa.schema({**self.columns, "_rowid": pa.uint64()})
             self._kept = Columns(pa.Table.from_batches(self.table.batches(list(self.columns), self.alive()), schema))
@@ -201,14 +202,23 @@ class Columns:
     """
 
     def __init__(self, found: pa.Table) -> None:
-        self._columns = found.drop_columns("_rowid").combine_chunks()  # to take from many takes longer
-        row_ids = found["_rowid"].to_numpy()
+        row_ids, found = found["_rowid"].to_numpy(), found.drop_columns("_rowid")
+        wide = [pa.large_string() if pa.types.is_string(kind) else kind for kind in found.schema.types]
+        # in one piece, since to take from many takes longer; text may then be over the 2 GB that a string column holds
+        self._columns = found.cast(pa.schema(list(zip(found.column_names, wide, strict=True)))).combine_chunks()
         self._order = np.argsort(row_ids)
         self._row_ids = row_ids[self._order]
 
     def of(self, rows: NDArray[np.uint64]) -> pa.Table:
-        """The moments of some row ids, in the order of these."""
-        return self._columns.take(self._order[np.searchsorted(self._row_ids, rows)])
+        """The moments of some row ids, in the order of these.
+
+        Raises:
+            KeyError: one is not there.
+        """
+        places = np.minimum(np.searchsorted(self._row_ids, rows), len(self._row_ids) - 1)
+        if len(rows) and (not len(self._row_ids) or (self._row_ids[places] != rows).any()):
+            raise KeyError("a row that was found is none of this version of the index")
+        return self._columns.take(self._order[places])
 
 
 @dataclass(frozen=True)

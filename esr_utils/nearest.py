@@ -23,6 +23,11 @@ _FINE = 254  # steps of a query's second byte in one of its first
 _DEVIATIONS = 7.0  # a score is further off in one of 10^11 cases
 TIE = 1e-6  # scores closer than this are the same; more than what fp32 is off by in a product
 
+# A system may keep AMX from a program, and NumKong, which does not ask, would end it. It saves a twentieth of a search.
+for _name in numkong.get_capabilities():
+    if "amx" in _name:
+        numkong.disable_capability(_name)
+
 
 class Vectors:
     """Up to N unit vectors (d,) in memory as int8, N (d + 8) bytes. They are added in pieces, and scored together."""

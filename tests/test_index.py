@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import soundfile
 import torch
@@ -352,6 +356,42 @@ def test_the_approximate_index_is_read_into_memory_once_when_a_second_query_come
         index.search(query, approximate=True)
         assert len(names) == times
     assert names[0] in {one.name for one in index.table.list_indices()}
+
+
+def test_threads_that_search_one_index_read_in_it_one_after_another(large):
+    """Else one would go to a newer version while another reads, whose rows are of the older one."""
+    index, _ = large
+    index.build_approximate()
+    opened, query, steps, inside = Index.open(index.uri), unit(1, 4)[0], [], Event()
+    nearest, reload = opened.nearest, opened.reload
+
+    def slow(*args):
+        inside.set()
+        steps.append("reads")
+        time.sleep(0.2)  # for the other to come in between
+        found = nearest(*args)
+        steps.append("has read")
+        return found
+
+    opened.nearest, opened.reload = slow, lambda: steps.append("goes on") or reload()
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(opened.search, query, approximate=True)
+        inside.wait()
+        index.append([file_of("new", pd.DataFrame({"start_s": [0.0], "end_s": [1.0], "channel": [0]}), query[None])])
+        second = threads.submit(opened.search, query, approximate=True)
+    assert steps == ["goes on", "reads", "has read"] * 2
+    assert "new" not in set(first.result()["file"]) and second.result()["file"][0] == "new"
+
+
+def test_a_row_that_is_none_of_a_version_is_never_taken_for_another():
+    kept = index_snapshot.Columns(
+        pa.table({"_rowid": pa.array([7, 3, 5], pa.uint64()), "id": ["seven", "three", "five"]})
+    )
+    assert kept.of(np.array([5, 7], np.uint64))["id"].to_pylist() == ["five", "seven"]
+    assert len(kept.of(np.array([], np.uint64))) == 0
+    for row in (0, 4, 8):
+        with pytest.raises(KeyError, match="none of this version"):
+            kept.of(np.array([5, row], np.uint64))
 
 
 def test_an_approximate_index_of_a_few_is_refused(index):

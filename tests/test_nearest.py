@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
+import textwrap
+
 import numpy as np
 import pytest
 
@@ -20,7 +25,7 @@ def kept(stored: np.ndarray, piece: int = 50) -> nearest.Vectors:
     return vectors
 
 
-@pytest.mark.parametrize("dim", [8, 100, 256, 700])
+@pytest.mark.parametrize("dim", [8, 100, 256, 700, 1100])
 @pytest.mark.parametrize("n", [0, 1, 63, 300])
 def test_scores_are_the_dot_products_but_for_what_they_say(monkeypatch, n, dim):
     monkeypatch.setattr(nearest, "_PART", 64)
@@ -42,6 +47,39 @@ def test_the_bounds_hold_where_rounding_would_be_worst(dim):
     stored = np.stack([row, -row, 0 * row, query]).astype(np.float16)
     scores, errors = kept(stored).scores(query.astype(np.float32))
     assert (abs(scores - stored.astype(float) @ query) <= errors).all() and (errors < 0.02).all() and scores[2] == 0
+
+
+@pytest.mark.skipif(
+    (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="AMX is asked for on Linux on x86-64 alone"
+)
+def test_scores_where_the_system_keeps_amx_from_a_program():
+    """As kernels before 5.16 and some containers do: here a filter refuses arch_prctl, by which it is asked for."""
+    program = """
+        import ctypes
+
+        class Step(ctypes.Structure):
+            _fields_ = [("code", ctypes.c_ushort), ("jt", ctypes.c_ubyte), ("jf", ctypes.c_ubyte), ("k", ctypes.c_uint)]
+
+        class Filter(ctypes.Structure):
+            _fields_ = [("len", ctypes.c_ushort), ("steps", ctypes.POINTER(Step))]
+
+        # the call's number; if it is 158, EINVAL, else let it be
+        steps = [(0x20, 0, 0, 0), (0x15, 0, 1, 158), (6, 0, 0, 0x50016), (6, 0, 0, 0x7FFF0000)]
+        steps = (Step * 4)(*(Step(*step) for step in steps))
+        libc = ctypes.CDLL(None)
+        assert libc.prctl(38, 1, 0, 0, 0) == 0
+        assert libc.prctl(22, 2, ctypes.byref(Filter(4, steps)), 0, 0) == 0
+        assert libc.syscall(158, 0x1022, 0) == -1
+
+        import numpy as np
+        from esr_utils import nearest
+
+        vectors = nearest.Vectors(2, 256)
+        vectors.add(np.eye(2, 256, dtype=np.float16))
+        print(vectors.scores(np.eye(1, 256, dtype=np.float32)[0])[0].round(2).tolist())
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
+    assert (run.returncode, run.stdout.strip()) == (0, "[1.0, 0.0]"), run.stderr
 
 
 @pytest.mark.parametrize("block", [1, 16, 256])
