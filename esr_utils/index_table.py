@@ -104,11 +104,9 @@ class IndexTable:
         try:
             with _alone(uri):
                 table = connect(uri).create_table(TABLE, schema=schema(new, metadata), mode=mode)
-        except ValueError as error:
-            if "already exists" not in str(error):
-                raise
-            return cls.open_named(uri, **about)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
+            if "already exists" in str(error):
+                return cls.open_named(uri, **about)
             raise IndexWriteError(f"{uri}: an index cannot be written here: {first_line(error)}") from None
         return cls(uri, table)
 

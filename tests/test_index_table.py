@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -156,10 +157,12 @@ def test_a_damaged_table_is_refused(table):
         IndexWriter.open_named(table.uri)
 
 
-def test_a_place_that_cannot_be_written_is_said(tmp_path):
+@pytest.mark.parametrize("uri", ["{}/file/index", "nowhere://bucket/index", "db://index"])
+def test_a_place_that_cannot_be_written_is_said(tmp_path, uri):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(IndexWriteError, match="cannot be written here"):
-        IndexWriter.create_named(tmp_path / "file" / "index", "model one", DIM)
+    uri = uri.format(tmp_path)
+    with pytest.raises(IndexWriteError, match=f"^{re.escape(uri)}: an index cannot be written here"):
+        IndexWriter.create_named(uri, "model one", DIM)
 
 
 # Writing ----------------------------------------------------------------------------------------------------
