@@ -217,7 +217,10 @@ class Columns:
         """
         places = np.minimum(np.searchsorted(self._row_ids, rows), len(self._row_ids) - 1)
         if len(rows) and (not len(self._row_ids) or (self._row_ids[places] != rows).any()):
-            raise KeyError("a row that was found is none of this version of the index")
+            raise KeyError(
+                "a row that was found is none of this version of the index: who writes while another thread searches "
+                "should write by an Index of their own"
+            )
         return self._columns.take(self._order[places])
 
 
