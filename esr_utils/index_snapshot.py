@@ -103,7 +103,8 @@ class Snapshot:
     # Ranking ------------------------------------------------------------------------------------------------
 
     def exact(self, vector: NDArray[np.float32], condition: Expr | None) -> Scored:
-        """All moments scored; the share below is right to the last moment, but with a condition only to about 0.001."""
+        """All moments scored; the share below is right to the last moment, but of many with a condition only to about
+        0.001."""
         vectors, row_ids, order = self._loaded()
         scores, errors = vectors.scores(vector)
         met_places = None
@@ -113,13 +114,19 @@ class Snapshot:
             )
             met_places = np.sort(order[np.searchsorted(row_ids, met, sorter=order)])  # ties keep the order of the table
 
+        def score_again(rows: NDArray[np.int64]) -> None:
+            own = self.table.rows(row_ids[rows], ["vector"])["vector"]
+            scores[rows] = _products(matrix(own, self.table.about["dim"]), vector)
+            errors[rows] = 0
+
+        if condition is not None and 0 < len(scores) <= _SAMPLE:  # in so few one moment is much of a share
+            score_again(np.arange(len(scores)))
+
         def best(n: int) -> Rows:
             some = slice(None) if met_places is None else met_places
             rows = nearest.candidates(scores[some], errors[some], n)
             rows = rows if met_places is None else met_places[rows]
-            own = self.table.rows(row_ids[rows], ["vector"])["vector"]
-            scores[rows] = _products(matrix(own, self.table.about["dim"]), vector)
-            errors[rows] = 0
+            score_again(rows)
             rows = rows[nearest.best(scores[rows], n)]
             return row_ids[rows], scores[rows]
 
