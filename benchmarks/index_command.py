@@ -87,8 +87,11 @@ def hours(folder: Path, n: float, adapt: str) -> bool:
     seconds, peak = esr(folder / "long.flac", "--index", folder / "index", "--adapt", adapt)
     speed = n * 3600 / seconds
     met = speed >= LIMITS["speed"] and peak <= LIMITS["memory"]
+    on_disk = sum(path.stat().st_size for path in (folder / "index").rglob("*") if path.is_file())
+    stats = Index.open(folder / "index").stats()
     print(f"{n:g} h in one file, --adapt {adapt}: {seconds:.0f} s, {speed:.0f} x real time, peak {peak:.2f} GB "
-          f"(limits {LIMITS['speed']:g} x and {LIMITS['memory']} GB, {said(met)})", flush=True)  # fmt: skip
+          f"(limits {LIMITS['speed']:g} x and {LIMITS['memory']} GB, {said(met)}); {stats['moments']} moments, "
+          f"{stats['bytes'] / 1e6:.0f} MB, with what was replaced {on_disk / 1e6:.0f} MB", flush=True)  # fmt: skip
     return met
 
 

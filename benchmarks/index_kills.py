@@ -53,7 +53,8 @@ def esr(arguments: list[str], log: Path) -> None:
         os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
     listening.POOL_S, listening.PART_S, index_writing._COMMIT_ROWS, index_writing._COMMIT_S = 8.0, 0.05, 4, 0.1
-    index_writing._SMALL_FRAGMENTS = 4
+    index_writing._SMALL_FRAGMENTS = index_writing._OLD_VERSIONS = 4
+    index_writing._READ_S = 1.0
     sys.exit(cli.main(arguments))
 
 

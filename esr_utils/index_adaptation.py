@@ -162,6 +162,7 @@ def _write(index: IndexWriter, book: Book) -> None:
     table = index.commit(lambda: database.create_table(TABLE, schema=schema, exist_ok=True))
     index.commit(lambda: table.add(pa.Table.from_pylist(rows, schema=schema)))
     index.commit(lambda: table.delete(col("written") < lit(now)))
+    index.tidy(table)
 
 
 def _held(index: IndexTable, entries: pd.DataFrame) -> str:

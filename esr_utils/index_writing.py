@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import pandas as pd
 import pyarrow as pa
@@ -29,10 +31,14 @@ from esr_utils.index_rows import (
 )
 from esr_utils.index_table import IndexTable
 
+if TYPE_CHECKING:
+    import lancedb
+
 _TRIES = 12  # at a commit that met another one's
 _COMMIT_ROWS, _COMMIT_S = 2048, 20.0  # what waits for a commit, at most, and so is lost by a kill
 _WRITTEN_ROWS = 256  # at a time, in one commit: a long file's at once would be held twice
-_SMALL_FRAGMENTS = 32  # files of the table worth joining into one
+_SMALL_FRAGMENTS, _OLD_VERSIONS = 32, 32  # files of a table worth joining into one, and versions worth removing
+_READ_S = 3600.0  # for which a version that was the newest may still be read
 
 Result = TypeVar("Result")
 
@@ -165,13 +171,26 @@ class IndexWriter(IndexTable):
         return len(there)
 
     def sweep(self) -> None:
-        """Deletes what is dead, and joins many small files of the table into few."""
+        """Deletes what is dead, and tidies up."""
         self.reload()
         _, dead, stale = self.entries()
         self._delete("version", dead)
         self._delete("id", stale)
-        if self.table.stats()["fragment_stats"]["num_small_fragments"] > _SMALL_FRAGMENTS:
-            self.commit(self.table.optimize)
+        self.tidy(self.table)
+
+    def tidy(self, table: lancedb.table.Table) -> None:
+        """Joins many small files of a table of this index into few, and removes from disk what older versions held.
+
+        Both now and then, since joining may write the table anew: so at most some 30 commits lie beside it, and it
+        itself once more. A version that another process may still read stays, as does all where there is no room.
+        """
+        stats = table.stats()
+        keep_s, unread = _unread([time.time() - one["timestamp"].timestamp() for one in table.list_versions()])
+        if stats["fragment_stats"]["num_small_fragments"] <= _SMALL_FRAGMENTS and unread <= _OLD_VERSIONS:
+            return
+        if "://" not in self.uri and shutil.disk_usage(self.uri).free < stats["total_bytes"]:
+            return
+        self.commit(lambda: table.optimize(cleanup_older_than=timedelta(seconds=keep_s)))
 
     def _delete(self, column: str, values: list) -> None:
         from lancedb.expr import col, lit
@@ -217,6 +236,16 @@ class IndexWriter(IndexTable):
                         raise
                     self.reload()
                 known.add(name)
+
+
+def _unread(ages_s: list[float]) -> tuple[float, int]:
+    """From which age on versions are read no more, and how many these are.
+
+    Reading starts at what is newest then. So the version that was the newest an hour ago is kept, however old it is;
+    and, since joining files comes before removing any, those of as long before it as that may take.
+    """
+    keep_s = min((age for age in ages_s if age > _READ_S), default=float(_READ_S)) + _READ_S
+    return keep_s, sum(age > keep_s for age in ages_s)
 
 
 def _is_below(key: str, places: Sequence[str]) -> bool:

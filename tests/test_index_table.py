@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -240,6 +241,59 @@ def test_many_small_commits_are_joined(table, monkeypatch):
     monkeypatch.setattr(index_writing, "_SMALL_FRAGMENTS", 5)
     table.add(made(f"{i}.wav", 2) for i in range(8))
     assert len(moments(table)) == 8 and table.table.stats()["fragment_stats"]["num_fragments"] == 1
+
+
+def on_disk(table: IndexWriter) -> int:
+    return sum(path.stat().st_size for path in Path(table.uri).rglob("*") if path.is_file())
+
+
+def rewritten(folder: Path) -> IndexWriter:
+    """An index whose 100 moments were written 45 times, of 2 kB each."""
+    table = IndexWriter.create_named(folder / "own", "model one", DIM, pooled=1000)
+    for seed in range(45):
+        table.add([replace(made("a.wav", 100, seed), pooled=np.full((100, 1000), seed / 8))])
+    return table
+
+
+def test_what_was_replaced_does_not_stay_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(index_writing, "_READ_S", 0.0)
+    table = rewritten(tmp_path)
+    assert moments(table) == {"a.wav": 100}
+    assert on_disk(table) < 34 * 205_000  # of the last 33 times, where there were 45
+
+
+def test_what_was_replaced_within_the_hour_can_be_read_still(tmp_path, monkeypatch):
+    monkeypatch.setattr(index_writing, "_OLD_VERSIONS", 0)
+    monkeypatch.setattr(index_writing, "_SMALL_FRAGMENTS", 0)
+    table = IndexWriter.create_named(tmp_path / "own", "model one", DIM)
+    table.add([made("a.wav", 3)])
+    reader = IndexWriter.open_named(table.uri)
+    table.add([made("a.wav", 4)])
+    assert len(reader.table.to_pandas().query("written == 0")) == 3 and moments(table) == {"a.wav": 4}
+
+
+@pytest.mark.parametrize(
+    ("ages_h", "removed"),
+    [
+        ([], []),
+        ([0.1, 0.2, 0.9], []),
+        ([0.1, 50], []),  # an hour ago that of 50 h was the newest
+        ([0.1, 50, 50.5], []),
+        ([0.1, 50, 50.5, 51.5, 90], [51.5, 90]),
+        ([2, 3.5], [3.5]),
+    ],
+)
+def test_versions_are_removed_that_nobody_can_be_reading(ages_h, removed):
+    keep_s, n = index_writing._unread([3600 * age for age in ages_h])
+    assert [age for age in ages_h if 3600 * age > keep_s] == removed and n == len(removed)
+
+
+def test_without_room_for_a_copy_nothing_is_joined(table, monkeypatch):
+    monkeypatch.setattr(index_writing, "_SMALL_FRAGMENTS", 0)
+    monkeypatch.setattr(index_writing.shutil, "disk_usage", lambda _: Mock(free=100))
+    for i in range(3):
+        table.add([made(f"{i}.wav", 2)])
+    assert len(moments(table)) == 3 and table.table.stats()["fragment_stats"]["num_fragments"] == 3
 
 
 def test_dead_rows_of_every_kind_are_never_seen_and_then_swept(table):
