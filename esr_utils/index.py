@@ -7,8 +7,8 @@
     index.search("excited", one_per="file", k=10, offset=10)     # the second ten
 
 `build` makes one of a manifest. Up to EXACT_LIMIT moments every one is scored (`nearest`), from a copy of the vectors
-in memory that follows the table; past that an approximate index does it, where one was built. How the table stays whole
-is told in `index_table`. Embedding is the caller's: `refresh` and `add` take its results, file by file.
+in memory that follows the table; past that an approximate index does it, which `add` and `refresh` then make. How the
+table stays whole is told in `index_table`. Embedding is the caller's: `refresh` and `add` take its results by file.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from esr_utils.moments import Channels
     from esr_utils.retriever import Retriever
 
-EXACT_LIMIT = 1_000_000  # moments; past that an approximate index is used where there is one
+EXACT_LIMIT = 1_000_000  # moments; past that there is an approximate index, and searches use it
+_UNKNOWN = 0.1  # share of the rows that it need not know: these are scanned
 
 
 class Index(IndexWriter):
@@ -97,13 +98,22 @@ class Index(IndexWriter):
         found.model = model
         return found
 
+    def sweep(self) -> int:
+        """As `IndexWriter`; past EXACT_LIMIT it also makes the approximate index, again where much is new to it."""
+        n = super().sweep()
+        if n > EXACT_LIMIT:
+            known = [self.table.index_stats(one.name) for one in self.table.list_indices() if "vector" in one.columns]
+            if not known or known[0].num_unindexed_rows > _UNKNOWN * self.table.count_rows():
+                self.build_approximate()
+        return n
+
     def build_approximate(self) -> None:
         """Makes the approximate index that a search past EXACT_LIMIT uses, of all moments there are now.
 
-        Moments that are added later are found all the same, by a scan; when they are many, build it again. It is IVF
-        with four bits a dimension (RaBitQ). One bit finds less, above all by sentences, which lie far from speech,
-        though more vectors are read; a byte is slower; LanceDB's product quantisation and its graph (HNSW) find less
-        of a million clustered vectors, and take longer to build.
+        Moments that are added later are found all the same, by a scan. It is IVF with four bits a dimension (RaBitQ).
+        One bit finds less, above all by sentences, which lie far from speech, though more vectors are read; a byte is
+        slower; LanceDB's product quantisation and its graph (HNSW) find less of a million clustered vectors, and take
+        longer to build.
 
         Raises:
             QueryError: there are under 256 moments.

@@ -170,13 +170,14 @@ class IndexWriter(IndexTable):
         self._delete("version", [int(version) for version in entries.loc[there, "version"]])
         return len(there)
 
-    def sweep(self) -> None:
-        """Deletes what is dead, and tidies up."""
+    def sweep(self) -> int:
+        """Deletes what is dead, tidies up, and returns how many moments there are."""
         self.reload()
-        _, dead, stale = self.entries()
+        entries, dead, stale = self.entries()
         self._delete("version", dead)
         self._delete("id", stale)
         self.tidy(self.table)
+        return int(entries["file_moments"].sum())
 
     def tidy(self, table: lancedb.table.Table) -> None:
         """Joins many small files of a table of this index into few, and removes from disk what older versions held.

@@ -328,6 +328,25 @@ def test_past_the_limit_the_approximate_index_answers_and_sees_what_is_new(large
     assert hits["start_s"][0] == 9.5 and hits["file"].tolist().count("f0") == 1
 
 
+def test_past_the_limit_writing_makes_the_approximate_index_and_again_when_much_is_new(own, monkeypatch):
+    def add(key: str, n: int) -> None:
+        start = np.arange(n) * 1.0
+        own.add([file_of(key, pd.DataFrame({"start_s": start, "end_s": start + 1, "channel": 0}), unit(n, n))])
+
+    monkeypatch.setattr(index_module, "EXACT_LIMIT", 1000)
+    made, build = [], Index.build_approximate
+    monkeypatch.setattr(Index, "build_approximate", lambda index: made.append(index.table.count_rows()) or build(index))
+    add("a", 900)
+    assert not made and not own.stats()["approximate"]
+    add("b", 300)
+    assert len(made) == 1 and own.stats()["approximate"]
+    add("c", 50)
+    own.delete_files(["c"])
+    assert len(made) == 1
+    add("d", 200)
+    assert len(made) == 2
+
+
 @pytest.mark.parametrize("options", [{}, {"where": {"channel": 1}}, {"one_per": "file", "offset": 3}])
 def test_hits_of_what_is_in_memory_are_those_read_for_a_first_query(large, options):
     index, _ = large
