@@ -18,10 +18,11 @@ from esr_utils import decoding, moments
 from esr_utils.audio_files import AudioError
 from esr_utils.manifests import load_corpora, to_cuts
 from esr_utils.moments import Moment
-from esr_utils.vad import MIN_SILENCE_S, MIN_SPEECH_S, PAD_S, WINDOW, SpeechProbability
+from esr_utils.vad import MIN_SILENCE_S, MIN_SPEECH_S, PAD_S, SPEECH, WINDOW, SpeechProbability
 
 RATE = 16_000
 RULE = {
+    "threshold": SPEECH,
     "min_silence_duration_ms": round(1000 * MIN_SILENCE_S),
     "min_speech_duration_ms": round(1000 * MIN_SPEECH_S),
     "speech_pad_ms": round(1000 * PAD_S),
