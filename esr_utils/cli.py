@@ -116,13 +116,14 @@ def _index(options: Namespace) -> int:
         _say(f"{shown(key)}: {reason}")
     for sentence in report.not_adapted(index.about["adapt"]).values():
         _say(sentence)
-    files = index.files()
+    moments = index.files()["moments"]
+    used = moments[moments > 0]
     about = {
         "embedded": report.embedded, "moments": report.moments, "speech_s": round(report.speech_s, 3),
         "unchanged": report.unchanged, "relabelled": report.relabelled, "adapted": report.adapted,
         "few_styles": report.few_styles,
         "removed": report.removed, "problems": report.problems, "left_out": report.left_out,
-        "files_in_index": len(files), "moments_in_index": int(files["moments"].sum()),
+        "files_in_index": len(used), "moments_in_index": int(used.sum()),
     }  # fmt: skip
     if options.json:
         _print_json(about)
@@ -131,8 +132,11 @@ def _index(options: Namespace) -> int:
             f"{report.embedded} files embedded ({report.moments} moments, {report.speech_s / 3600:.2f} h of speech), "
             f"{report.unchanged} unchanged ({report.relabelled} with other labels), {report.removed} removed, "
             f"{len(report.problems) + len(report.left_out)} with problems; "
-            f"{options.index} holds {about['moments_in_index']} moments of {len(files)} files"
+            f"{options.index} holds {about['moments_in_index']} moments of {len(used)} files"
         )
+    if found.files and used.empty:
+        _say(f"no file could be used, so that there is nothing to search: esr stats --index {options.index} says why")
+        return ERROR
     return OK
 
 

@@ -11,7 +11,8 @@ PIPE_CLOSED = 141  # as a shell has it of a program that SIGPIPE ended
 CODES = """
 exit codes:
   0    done; found
-  1    error: no audio, no such index or run, another model's index, the disk is full; the index is as it was
+  1    error: no audio, or none that can be used, no such index or run, another model's index, the disk is full;
+       the index stays good
   2    a wrong option, or a query that cannot be answered: empty, too long, of a column that is not there
   3    nothing was found
   130  interrupted (Ctrl-C); what was written stays, and the same command goes on

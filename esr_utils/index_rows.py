@@ -252,7 +252,7 @@ class Report:
     """What became of recordings.
 
     Attributes:
-        embedded, unchanged, removed: files.
+        embedded, unchanged, removed: files; embedded are those of which moments were made.
         relabelled: those of the unchanged of which a labels.csv says something else than before.
         adapted: files whose vectors were made anew by the index's own statistics (see `index_adaptation`).
         few_styles: groups that seem to hold too few styles to adapt (see `index_adaptation.Adapted`).

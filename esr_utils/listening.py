@@ -181,7 +181,7 @@ class Embedder:
         self._embed()
         done, self.done = self.done, []
         for one in done:
-            self.report.embedded += 1
+            self.report.embedded += bool(one.places)
             self.report.moments += len(one.places)
             self.report.speech_s += sum(end - start for start, end, _ in one.places)
             yield one.embedded(one.problem)

@@ -96,7 +96,7 @@ class Clips(Worker):
             done.embedded.append(replace(made.get(key, none), problem="; ".join(problems.get(key, []))))
         done.report.problems |= {one.file.key: one.problem for one in done.embedded if one.problem}
         done.seconds = float(clips["duration_s"].sum())
-        done.report.embedded = len(done.keys)
+        done.report.embedded = len(made)
         done.report.moments = len(found.utterance_ids)
         done.report.speech_s = float(clips.set_index("utterance_id")["duration_s"][found.utterance_ids].sum())
 

@@ -82,7 +82,7 @@ def test_an_index_is_made_and_brought_up_to_date(esr, folder, tiny_run, tmp_path
     mine, path = shutil.copytree(folder, tmp_path / "mine"), tmp_path / "index"
     code, out, err = esr("index", mine, "--index", path, "--run", tiny_run)
     assert code == OK and re.match(
-        r"4 files embedded \(\d+ moments, 0.01 h of speech\), 0 unchanged \(0 with other labels\), 0 removed", out
+        r"3 files embedded \(\d+ moments, 0.01 h of speech\), 0 unchanged \(0 with other labels\), 0 removed", out
     )
     assert err == f"esr: {mine}/broken.mp3: is empty (0 bytes)\n"  # and no bar: nobody watches
     soundfile.write(mine / "new.wav", speech[: 4 * RATE], RATE)
@@ -90,7 +90,7 @@ def test_an_index_is_made_and_brought_up_to_date(esr, folder, tiny_run, tmp_path
     code, out, err = esr("index", mine, "--index", path, "--json")  # the run is known by now
     done = json.loads(out)
     assert (code, err) == (OK, "") and done["moments"] > 0
-    assert [done[name] for name in ("embedded", "unchanged", "removed", "files_in_index")] == [1, 3, 1, 4]
+    assert [done[name] for name in ("embedded", "unchanged", "removed", "files_in_index")] == [1, 3, 1, 3]
 
 
 def test_several_folders_and_a_file(esr, folder, tiny_run, tmp_path):
@@ -130,6 +130,22 @@ def test_recordings_that_are_gone_for_good_are_dropped_when_that_is_said(esr, ow
     assert code == ERROR and "--gone drops them from the index" in err and contents(own) == before
     code, out, _ = esr("index", mine, "--index", own, "--gone", "--json")
     assert code == OK and json.loads(out)["removed"] == 4 and contents(own)[1] == before[1] - 4
+
+
+def test_files_none_of_which_can_be_used_are_an_error_where_the_index_holds_nothing_else(esr, own, folder, tmp_path):
+    new, run = tmp_path / "new", Index.open(own).about["run"]
+    for problems in (1, 0):  # the second time it is known, and not tried again
+        code, out, err = esr("index", folder / "broken.mp3", "--index", new, "--run", run)
+        assert code == ERROR and f"there is nothing to search: esr stats --index {new} says why" in err
+        assert out.startswith("0 files embedded (0 moments, ") and f" {problems} with problems; " in out
+        assert out.endswith("holds 0 moments of 0 files\n")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "empty.wav").touch()
+    before = contents(own)
+    code, out, err = esr("index", tmp_path / "mine", "--index", own, "--json")  # there is more to search
+    assert code == OK and json.loads(out)["embedded"] == 0 and "is empty (0 bytes)" in err
+    shutil.rmtree(tmp_path / "mine")
+    assert esr("index", tmp_path / "mine", folder, "--index", own, "--gone")[0] == OK and contents(own)[1] == before[1]
 
 
 @pytest.mark.parametrize(

@@ -265,7 +265,7 @@ def test_a_protected_file_is_said_to_be(folder, index, monkeypatch):
     monkeypatch.setattr(decoding, "find_ffmpeg", lambda: "ffmpeg")
     monkeypatch.setattr(decoding, "_check_track", protected)
     report = recordings.refresh(index, recordings.find(folder))
-    assert report.problems == {str(folder / "bought.m4p"): "is protected (DRM)"} and report.embedded == 3
+    assert report.problems == {str(folder / "bought.m4p"): "is protected (DRM)"} and report.embedded == 2
 
 
 def test_a_file_that_waits_for_ffmpeg_is_tried_again(folder, index, monkeypatch):
