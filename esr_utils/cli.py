@@ -11,7 +11,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from esr_utils.audio_folder import path_or_key, shown
+from esr_utils.audio_folder import absolute_key, at_home, path_or_key, shown
 from esr_utils.cli_options import ERROR, INTERRUPTED, NOTHING, OK, PIPE_CLOSED, USAGE, parser
 
 if TYPE_CHECKING:
@@ -219,8 +219,8 @@ def _hits(options: Namespace) -> pd.DataFrame:
     index = _open(options)
     where = {}
     for condition in options.where:
-        column, value = _condition(condition, index)
-        where.setdefault(column, []).append(value)
+        column, values = _condition(condition, index)
+        where.setdefault(column, []).extend(values)
     rest = {
         "where": {column: values if len(values) > 1 else values[0] for column, values in where.items()},
         "one_per": options.one_per, "offset": options.offset,
@@ -244,8 +244,9 @@ def _sentences(words: list[str]) -> list[str]:
     return [" ".join(words)] if all(len(word.split()) == 1 for word in words) else words
 
 
-def _condition(condition: str, index: Index) -> tuple[str, Any]:
-    """`column=value`, or `column=low..high` of a column of numbers, to what `Index.search` takes."""
+def _condition(condition: str, index: Index) -> tuple[str, list[Any]]:
+    """`column=value`, or `column=low..high` of a column of numbers, to what `Index.search` takes, one of which is to
+    hold."""
     column, equals, text = condition.partition("=")
     kinds = {name: str(kind) for name, kind in index.columns().items()}
     if not equals:
@@ -253,19 +254,28 @@ def _condition(condition: str, index: Index) -> tuple[str, Any]:
     if column not in kinds:
         raise UsageError(f"--where {condition}: there is no column {column!r}; this index has {', '.join(kinds)}")
     kind = kinds[column]
+    if column == "file":
+        return column, _keys(text, index)
     if kind == "string":
-        return column, text
+        return column, [text]
     if kind == "bool":
         if text.lower() not in ("true", "false"):
             raise UsageError(f"--where {condition}: {column} is true or false")
-        return column, text.lower() == "true"
+        return column, [text.lower() == "true"]
     low, dots, high = text.partition("..")
     try:
         if not dots:
-            return column, float(text)
-        return column, tuple(float(bound) if bound else None for bound in (low, high))
+            return column, [float(text)]
+        return column, [tuple(float(bound) if bound else None for bound in (low, high))]
     except ValueError:
         raise UsageError(f"--where {condition}: {column} is a number; write 3, 3..5, 3.. or ..5") from None
+
+
+def _keys(path: str, index: Index) -> list[str]:
+    """The file at a path, as the index names it; also by that name, and by the path as hits are printed with it, which
+    may be that of several."""
+    key = absolute_key(at_home(path))
+    return [known for known in index.files().index if known in (path, key) or shown(known) == path] or [key]
 
 
 def _read_hits(options: Namespace) -> pd.DataFrame:

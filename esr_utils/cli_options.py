@@ -115,8 +115,9 @@ def _add_query(parser: argparse.ArgumentParser) -> None:
     add("-k", type=int, default=10, metavar="N", help="hits (default: 10)")
     add("--like", metavar="FILE_OR_ID", help="an example in place of a sentence: an audio file, or the id of a moment")
     add("--minus", metavar="SENTENCE", help="how it should not sound")
-    add("--where", action="append", default=[], metavar="COLUMN=VALUE", help="keep what has this value, or one from "
-        "LOW..HIGH (either may be left out); of several for one column any, of several columns all")  # fmt: skip
+    add("--where", action="append", default=[], metavar="COLUMN=VALUE", help="keep what has this value (of file: "
+        "this path), or one from LOW..HIGH (either may be left out); of several for one column any, of several columns "
+        "all")  # fmt: skip
     add("--min-score", type=float, default=-1.0, metavar="S", help="leave out what scores below this cosine, -1 to 1")
     add("--one-per", metavar="COLUMN", help="only the best of each file, speaker, ...")
     add("--offset", type=int, default=0, metavar="N", help="hits to skip: -k 10 --offset 10 is the second page")

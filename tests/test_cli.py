@@ -21,6 +21,7 @@ import pytest
 import soundfile
 
 from esr_utils import cli, listening, recordings
+from esr_utils.audio_folder import printable
 from esr_utils.cli_options import ERROR, INTERRUPTED, NOTHING, OK, PIPE_CLOSED, USAGE
 from esr_utils.index import Index
 
@@ -398,6 +399,24 @@ def test_of_several_conditions_on_one_column_any_holds(esr, filled):
     assert early < late and found(*several) == {i: s for i, s in everything.items() if s <= early or s >= late}
     one = sorted(everything.values())[len(everything) // 2]
     assert set(found(*several, "--where", f"start_s={one}").values()) == {one, *found(*several).values()}
+
+
+def test_a_file_is_named_as_it_is_printed_or_by_its_key(esr, folder, tiny_run, tmp_path, monkeypatch):
+    mine, index = tmp_path / "mine", tmp_path / "index"
+    mine.mkdir()
+    names = [b"plain.flac", b"100%.flac", b'it\'s "mine".flac', b"two\nlines.flac", b"caf\xe9.flac"]
+    for name in names:
+        shutil.copy(folder / "one.flac", os.path.join(os.fsencode(mine), name))
+    assert esr("index", mine, "--index", index, "--run", tiny_run)[0] == OK
+    found = json.loads(esr("search", QUERY, "-k", 100, "--one-per", "file", "--json", "--index", index)[1])
+    assert {os.path.basename(os.fsencode(hit["path"])) for hit in found} == set(names)
+    monkeypatch.chdir(mine)
+    for hit in found:
+        printed = printable(hit["path"])
+        for said in (printed, hit["path"], os.path.basename(hit["path"]), hit["file"]):
+            code, out, _ = esr("search", QUERY, "-k", 100, "--where", f"file={said}", "--index", index)
+            assert code == OK and all(line.endswith(f"  {printed}") for line in out.splitlines()), said
+    assert esr("search", QUERY, "--where", "file=/nowhere/\udcff.wav", "--index", index)[0] == NOTHING
 
 
 def test_an_example_is_not_hours_long(esr, filled, folder, tmp_path):
