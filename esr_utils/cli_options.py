@@ -30,7 +30,8 @@ examples:
   esr index ~/podcast --index s3://bucket/podcast --run acted             # by the retriever of runs/acted
 """
 QUERY = """
-A sentence stands in quotes; of several the average is looked for. Words without quotes are one sentence.
+A sentence stands in quotes; of several the average is looked for. Single words are one sentence, with quotes or
+without: angry sad looks for "angry sad", and "an angry voice" "a sad voice" for the average of both.
 
 examples:
   esr search "a tired, sarcastic answer" --index podcast.index
@@ -114,7 +115,7 @@ def _add_query(parser: argparse.ArgumentParser) -> None:
     add("--run", help="run whose retriever made the index, where it is no longer at its place")
     add("-k", type=int, default=10, metavar="N", help="hits (default: 10)")
     add("--like", metavar="FILE_OR_ID", help="an example in place of a sentence: an audio file, or the id of a moment")
-    add("--minus", metavar="SENTENCE", help="how it should not sound")
+    add("--minus", metavar="SENTENCE", help="how it should not sound, which counts half as much as the sentence")
     add("--where", action="append", default=[], metavar="COLUMN=VALUE", help="keep what has this value (of file: "
         "this path), or one from LOW..HIGH (either may be left out); of several for one column any, of several columns "
         "all")  # fmt: skip

@@ -340,6 +340,7 @@ def test_what_is_asked_for_is_what_the_index_is_asked(esr, filled, folder):
     middle = float(index.search(QUERY, k=100)["score"].median())
     assert found(QUERY, calm) == expected([QUERY, calm])
     assert found("a", "calm", "voice") == expected("a calm voice")  # quotes were forgotten
+    assert found("a calm voice", "angry") == expected(["a calm voice", "angry"]) != expected("a calm voice angry")
     assert found(QUERY, "--minus", calm) == expected(QUERY, minus=calm)
     assert found(QUERY, "--min-score", str(middle)) == expected(QUERY, min_score=middle)
     assert found(QUERY, "--one-per", "file") == expected(QUERY, one_per="file")
@@ -512,6 +513,7 @@ def test_hits_from_stdin_are_not_chosen_among(esr, tmp_path, monkeypatch):
 def test_help_has_examples_and_codes_and_comes_at_once(esr):
     code, out, _ = esr("search", "--help")
     assert code == OK and "examples:" in out and "130  interrupted" in out and 'esr search "excited" --minus' in out
+    assert 'angry sad looks for "angry sad"' in out and "counts half" in " ".join(out.split())
     assert all(name in esr("--help")[1] for name in ("index", "search", "stats", "export"))
 
 
