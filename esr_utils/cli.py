@@ -11,7 +11,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from esr_utils.audio_folder import absolute_key, at_home, path_or_key, shown
+from esr_utils.audio_folder import absolute_key, at_home, path_or_key, printable, shown
 from esr_utils.cli_options import ERROR, INTERRUPTED, NOTHING, OK, PIPE_CLOSED, USAGE, parser
 
 if TYPE_CHECKING:
@@ -170,17 +170,29 @@ def _stats(options: Namespace) -> int:
     index = Index.open(options.index)
     about, files = index.stats(), index.files()
     about["problems"] = files["problem"][files["problem"] != ""].to_dict()
+    if about["adapt"] != "off":
+        from esr_utils import index_adaptation
+
+        about["adapted_to"], about["not_adapted_to"] = index_adaptation.left(index)
     if options.json:
         _print_json(about)
         return OK
     for name, value in about.items():
-        if name not in ("columns", "problems"):
+        if name not in ("columns", "problems", "not_adapted_to"):
             print(f"{name + ':':<21}{value:.2f}" if isinstance(value, float) else f"{name + ':':<21}{value}")
     print(f"{'columns:':<21}" + ", ".join(f"{name} ({kind})" for name, kind in about["columns"].items()))
-    print(f"{'problems:':<21}{len(about['problems'])}")
-    for key, reason in about["problems"].items():
-        print(f"  {shown(key)}: {reason}")
+    if about["adapt"] != "off":
+        nameless = "all" if about["adapt"] == "all" else "none"
+        left = {printable(group) or nameless: why for group, why in about["not_adapted_to"].items()}
+        _print_reasons("not_adapted_to", left)
+    _print_reasons("problems", {shown(key): why for key, why in about["problems"].items()})
     return OK
+
+
+def _print_reasons(name: str, reasons: dict[str, str]) -> None:
+    print(f"{name + ':':<21}{len(reasons)}")
+    for one, why in reasons.items():
+        print(f"  {one}: {why}")
 
 
 def _export(options: Namespace) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,6 +117,28 @@ def adapt(index: IndexWriter, model: StyleRetriever) -> Adapted:
 def statistics(index: IndexTable, model: StyleRetriever) -> Statistics | None:
     """Those of all moments of an index, for what is compared with them; None: the training's."""
     return None if index.about["adapt"] == OFF else read(index, model).of(_WHOLE)[1]
+
+
+def left(index: IndexTable) -> tuple[int, dict[str, str]]:
+    """How many groups have statistics of their own; and why each of the others is left by the training's. No model is
+    needed to tell. "" are all moments, or those of no group."""
+    count, told, reasons = Counter(), read(index), {}
+    for batch in index.batches(["id", *_group_column(index)], Snapshot(index).alive()):
+        count.update(_groups(batch, index))
+    for group, n in count.items():
+        if told.of(group)[0]:
+            continue
+        why = "not adapted to yet: run esr index again"
+        if group is None:
+            why = f"of no {index.about['adapt']}"
+        elif count.total() < adaptation.MIN_CLIPS:
+            why = f"under {adaptation.MIN_CLIPS} in the whole index"
+        elif n < adaptation.MIN_GROUP:
+            why = f"under {adaptation.MIN_GROUP}"
+        elif group in told.groups:
+            why = "they seem to be of few styles"
+        reasons[group or _WHOLE] = f"{n} moments, {why}"
+    return len(count) - len(reasons), reasons
 
 
 def read(index: IndexTable, model: StyleRetriever | None = None) -> Book:

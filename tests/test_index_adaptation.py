@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import secrets
 from dataclasses import replace
 from unittest.mock import Mock
@@ -12,9 +14,10 @@ import pytest
 import soundfile
 import torch
 
-from esr_utils import adaptation, index_adaptation, recordings, runs
+from esr_utils import adaptation, cli, index_adaptation, recordings, runs
 from esr_utils import index as index_module
 from esr_utils.adaptation import AdaptationError, Statistics
+from esr_utils.cli_options import OK
 from esr_utils.config import SAMPLE_RATE
 from esr_utils.index import Index
 from esr_utils.index_rows import Embedded, File, IndexUnusable, IndexWriteError
@@ -108,6 +111,27 @@ def test_by_speaker_and_by_the_trainings_where_nobody_is_named_or_too_little_was
     np.testing.assert_allclose(whole.mean, adaptation.shrunk(of(*files.values()), training).mean, atol=1e-3)
     fill(index, model, g=(7, 1.0, "dora", 9), h=(8, 1.0, "emil", 10))
     assert set(vectors(index).loc["g", "adapted"]) == {""} and "" not in set(vectors(index).loc["h", "adapted"])
+
+
+def test_what_is_left_by_the_trainings_is_told_with_the_reason(model, tmp_path, monkeypatch):
+    index = Index.create(tmp_path / "index", model, adapt="speaker")
+    fill(index, model, a=FILES["a"])
+    assert index_adaptation.left(index) == (0, {"anna": "30 moments, under 50 in the whole index"})
+    files = FILES | {"f": (6, 1.0, "carl"), "g": (7, 1.0, "dora", 9)}
+    index.add(embedded(model, name, *values) for name, values in files.items())
+    assert index_adaptation.left(index)[1]["ben"] == "60 moments, not adapted to yet: run esr index again"
+    fill(index, model, **files)
+    few = {"": "30 moments, of no speaker", "dora": "9 moments, under 10"}
+    assert index_adaptation.left(index) == (3, few)
+    take_again(monkeypatch)
+    monkeypatch.setattr(adaptation, "FEW_STYLES", 22.1)
+    index_adaptation.adapt(index, model)
+    styles = {"anna": "60 moments, they seem to be of few styles", "carl": "30 moments, they seem to be of few styles"}
+    n, reasons = index_adaptation.left(index)
+    assert n == 0 and reasons.items() > (few | styles).items()
+    whole = Index.create(tmp_path / "whole", model, adapt="all")
+    fill(whole, model, a=FILES["a"])
+    assert index_adaptation.left(whole) == (0, {"": "30 moments, under 50 in the whole index"})
 
 
 def test_a_small_index_has_the_trainings(model, tmp_path):
@@ -394,3 +418,16 @@ def test_a_new_index_adapts_by_speaker_where_the_labels_name_one(model, folder, 
     (folder / "labels.csv").unlink()
     plain = recordings.index_for(tmp_path / "plain", recordings.find(folder), tmp_path / "run")
     assert plain.about["adapt"] == "off"
+
+
+def test_esr_stats_tells_what_an_index_adapts_to_and_what_not(model, folder, tmp_path, few, capsys):
+    index = Index.create(tmp_path / "index", model, adapt="speaker")
+    (folder / "labels.csv").write_text("path,speaker\n0.wav,anna\n1.wav,\n")
+    recordings.refresh(index, recordings.find(folder))
+    assert cli.main(["stats", "--index", str(tmp_path / "index")]) == OK
+    out = capsys.readouterr().out
+    assert re.search(r"adapt: +speaker\n", out) and re.search(r"\nadapted_to: +1\n", out)
+    assert re.search(r"not_adapted_to: +1\n  none: \d+ moments, of no speaker\n", out)
+    assert cli.main(["stats", "--index", str(tmp_path / "index"), "--json"]) == OK
+    about = json.loads(capsys.readouterr().out)
+    assert (about["adapted_to"], list(about["not_adapted_to"])) == (1, [""])
