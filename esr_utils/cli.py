@@ -100,6 +100,8 @@ def _index(options: Namespace) -> int:
 
     if not options.index or not all(options.places):
         raise UsageError("an empty path, perhaps of a variable that is not set: name DIR and --index")
+    if options.index.startswith("memory://"):
+        raise UsageError(f"--index {options.index} would be gone when the command ends: name a folder, or a bucket")
     try:
         found = recordings.find(options.places, options.gone)  # before a model is loaded for nothing
     except NoAudio as error:

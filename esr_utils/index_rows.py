@@ -29,6 +29,12 @@ RESERVED = ("id", "file", "version", "model", "vector", "pooled", "adapted", *EN
 # was interrupted; a refresh goes on with it.
 UNFINISHED = "is not embedded to its end yet: run esr index again"
 
+# What the owner of a bucket answers, in XML, JSON or plain text; what the system says; the number of the answer.
+_ANSWERS = (
+    "<Message>(.*?)</Message>", r'message\\?"?: \\?"(.*?)\\?"', r'body: Some\("([^"]+)"', 'error: "(.*?)"',
+    r"\b(status: \d+)",
+)  # fmt: skip
+
 
 class IndexUnusable(ValueError):
     """There is no index, it is another one's, or what is to be added does not fit it; the message says what to do."""
@@ -243,8 +249,11 @@ def entry(file: File, about: dict[str, Any], written: int) -> dict[str, Any]:
 
 def first_line(error: Exception) -> str:
     """What a library's error says, without what follows and without where in its source that was."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    return re.sub(r",? *\S+\.rs:\d+:\d+$", "", lines[0])
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    if store := re.search(r'store: "(.*?)"', line):  # all that LanceDB knows of a request: what was answered is told
+        answers = (re.search(answer, line) for answer in _ANSWERS)
+        return next((f"{store[1]}: {found[1]}" for found in answers if found), f"{store[1]} cannot be used")
+    return re.sub(r",? *\S+\.rs:\d+:\d+$", "", line)
 
 
 @dataclass

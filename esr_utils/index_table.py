@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -107,7 +108,7 @@ class IndexTable:
         except (OSError, RuntimeError, ValueError) as error:
             if "already exists" in str(error):
                 return cls.open_named(uri, **about)
-            raise IndexWriteError(f"{uri}: an index cannot be written here: {first_line(error)}") from None
+            raise IndexWriteError(f"{uri}: an index cannot be written here: {_told(uri, error)}") from None
         return cls(uri, table)
 
     @classmethod
@@ -126,12 +127,10 @@ class IndexTable:
             raise IndexUnusable(missing)
         try:
             table = connect(uri).open_table(TABLE)
-        except ValueError as error:
-            if "not found" not in str(error):
-                raise IndexUnusable(f"{uri} cannot be read as an index: {first_line(error)}") from None
-            raise IndexUnusable(missing) from None
-        except (OSError, RuntimeError) as error:
-            raise IndexUnusable(f"{uri} cannot be read as an index: {first_line(error)}") from None
+        except (OSError, RuntimeError, ValueError) as error:
+            if isinstance(error, ValueError) and "was not found" in str(error):
+                raise IndexUnusable(missing) from None
+            raise IndexUnusable(f"{uri} cannot be read as an index: {_told(uri, error)}") from None
         found = cls(uri, table)
         for name, value in wanted.items():
             if found.about[name] != value:
@@ -241,8 +240,15 @@ def matrix(vectors: pa.FixedSizeListArray | pa.ChunkedArray, dim: int) -> NDArra
 
 
 def located(uri: str | Path) -> str:
-    """Where an index is: an address as it is, or a folder."""
-    return str(uri) if "://" in str(uri) else str(at_home(uri))
+    """Where an index is: an address as it is, or a folder, as file:// is too, so that looking for one makes nothing.
+
+    Raises:
+        IndexUnusable: it is an address with a slash too few, which would be taken for a folder.
+    """
+    uri = str(uri).removeprefix("file://")
+    if re.match(r"\w{2,}:/(?!/)", uri):
+        raise IndexUnusable(f"{uri} is no address: write two slashes, as in s3://bucket/name")
+    return uri if "://" in uri else str(at_home(uri))
 
 
 def connect(uri: str) -> lancedb.db.DBConnection:
@@ -274,6 +280,12 @@ def _alone(uri: str) -> AbstractContextManager:
 def _written(table: lancedb.table.Table) -> bytes:
     """`about` as it is written; nothing in a table that is no index."""
     return (table.schema.metadata or {}).get(_KEY, b"")
+
+
+def _told(uri: str, error: Exception) -> str:
+    """What LanceDB says, and what to look at where it is an address."""
+    look = "; look at the address, whether the bucket is there, and at the keys to it in the environment"
+    return first_line(error) + (look if "://" in uri else "")
 
 
 def _about(uri: str, table: lancedb.table.Table) -> dict[str, Any]:

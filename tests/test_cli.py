@@ -154,6 +154,8 @@ def test_files_none_of_which_can_be_used_are_an_error_where_the_index_holds_noth
     [
         ((""), USAGE, "an empty path"),
         (("{folder}", "--index", ""), USAGE, "an empty path"),
+        (("{folder}", "--index", "memory://"), USAGE, "memory:// would be gone when the command ends"),
+        (("{folder}", "--index", "s3:/bucket/index"), ERROR, "write two slashes"),
         (("~nosuchuser/calls"), ERROR, "is no file and no folder"),
         (("{loop}"), ERROR, "loop"),
         (("{folder}", "--index", "{tmp}/two\nlines"), ERROR, "cannot be printed"),

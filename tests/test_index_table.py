@@ -19,7 +19,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from esr_utils import index_table, index_writing, runs
+from esr_utils import index_rows, index_table, index_writing, runs
 from esr_utils.audio_folder import file_key, find_audio, path_of
 from esr_utils.index_rows import (
     UNFINISHED,
@@ -78,6 +78,51 @@ def test_a_folder_without_an_index_is_refused_and_left_as_it_is(tmp_path):
         with pytest.raises(IndexUnusable, match=f"{folder} holds no index: make one"):
             IndexWriter.open_named(tmp_path / folder)
     assert not (tmp_path / "nothing").exists()
+
+
+def test_a_file_address_is_a_folder_and_nothing_is_made_where_an_index_is_looked_for(tmp_path):
+    with pytest.raises(IndexUnusable, match="holds no index"):
+        IndexWriter.open_named(f"file://{tmp_path}/in dex%20")
+    assert not list(tmp_path.iterdir())
+    IndexWriter.create_named(f"file://{tmp_path}/in dex%20", "model one", DIM).add([made("a.wav", 3)])
+    assert moments(IndexWriter.open_named(tmp_path / "in dex%20")) == {"a.wav": 3}
+
+
+@pytest.mark.parametrize("uri", ["s3:/bucket/index", "file:/index", Path("gs://bucket/index")])
+def test_an_address_with_a_slash_too_few_makes_no_folder(uri, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for use in (IndexWriter.open_named, lambda uri: IndexWriter.create_named(uri, "model one", DIM)):
+        with pytest.raises(IndexUnusable, match="write two slashes"):
+            use(uri)
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_a_bucket_that_cannot_be_used_it_is_said_why_and_what_to_look_at(monkeypatch):
+    keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": "us-east-1", "AWS_ALLOW_HTTP": "true"}
+    quick = {"AWS_ENDPOINT": "http://127.0.0.1:9", "OBJECT_STORE_CLIENT_MAX_RETRIES": "0"}  # nobody listens there
+    for name, value in (keys | quick).items():
+        monkeypatch.setenv(name, value)
+    said = "S3: Connection refused; look at the address, whether the bucket is there, and at the keys to it"
+    with pytest.raises(IndexUnusable, match=f"^s3://bucket/index cannot be read as an index: {said}"):
+        IndexWriter.open_named("s3://bucket/index")
+    with pytest.raises(IndexWriteError, match=f"^s3://bucket/index: an index cannot be written here: {said}"):
+        IndexWriter.create_named("s3://bucket/index", "model one", DIM)
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (r'Status { status: 404, body: Some("<Code>NoSuchBucket</Code><Message>No bucket.</Message>") }', "No bucket."),
+        (r'Status { status: 403, body: Some("{\"error\": {\"message\": \"No access.\"}}") }', "No access."),
+        (r'Status { status: 403, body: Some("denied") }', "denied"),
+        (r'Status { status: 403, body: Some("") }', "status: 403"),
+        (r'ConnectError("dns error", Custom { kind: Uncategorized, error: "no such name" })', "no such name"),
+        ("Odd", "cannot be used"),
+    ],
+)
+def test_what_is_told_of_a_long_error_is_the_answer(answer, told):
+    error = f'Failed to connect: IO {{ source: Generic {{ store: "S3", source: RetryError({answer}) }}, line: 1506 }}'
+    assert index_rows.first_line(ValueError(error)) in (f"S3: {told}", f"S3 {told}")
 
 
 def test_an_index_that_is_there_is_not_overwritten_unless_asked(table):
