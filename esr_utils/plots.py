@@ -25,6 +25,7 @@ from threadpoolctl import threadpool_limits
 from esr_utils.batches import load_waveform
 from esr_utils.config import SAMPLE_RATE
 from esr_utils.manifests import to_cuts
+from esr_utils.runs import atomic_path
 from esr_utils.styles import STYLES
 
 # One colour a style in every figure. The styles that most corpora have are dark, as far apart as eleven hues can be,
@@ -44,15 +45,15 @@ _STAGE_COLOURS = {"classify": "#dce6f2", "align": "#e3f0dc", "adversarial": "#f8
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Writes a PNG at 150 dpi to `path`, and an SVG beside it; makes their folder, and returns `path`.
+    """Writes a PNG at 150 dpi to `path`, and an SVG beside it, each atomically; makes their folder, and returns `path`.
 
     The same figure gives the same SVG, byte for byte.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    with plt.rc_context({"svg.hashsalt": path.stem}):
-        figure.savefig(path.with_suffix(".svg"), bbox_inches="tight", metadata={"Date": None})
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
+    with atomic_path(path.with_suffix(".svg")) as temporary, plt.rc_context({"svg.hashsalt": path.stem}):
+        figure.savefig(temporary, format="svg", bbox_inches="tight", metadata={"Date": None})
     return path
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -122,6 +124,21 @@ def test_a_figure_is_written_as_png_and_svg_the_same_each_time(tmp_path):
     assert (tmp_path / "a" / "f.v1.png").read_bytes().startswith(b"\x89PNG")
     svg = (tmp_path / "a" / "f.v1.svg").read_bytes()
     assert b"<svg" in svg and svg == (tmp_path / "b" / "f.v1.svg").read_bytes()
+
+
+def test_a_figure_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    figure, _ = plt.subplots()
+    plots.save_figure(figure, tmp_path / "f.png")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(path, **_):
+        path.write_bytes(b"half a figure")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(figure, "savefig", full)
+    with pytest.raises(OSError, match="No space left"):
+        plots.save_figure(figure, tmp_path / "f.png")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def mined() -> pd.DataFrame:
