@@ -23,7 +23,8 @@ from esr_utils.index_rows import IndexUnusable, first_line
 from esr_utils.index_snapshot import QueryError, Snapshot
 
 ANY = ()  # what a list says that limits nothing; None would show as an empty box
-MAX_VALUES = 30  # a column of text with more of them has no filter: nobody would look through the list
+MAX_LISTED = 30  # values of a column of text: of more one is typed, as nobody would look through the list
+MAX_VALUES = 1000  # of which all are sent to the page; with more, or one for each moment, a column has no filter
 _HIDDEN = ("id", "utterance_id", "path", "root")  # columns that tell nothing beside the file
 _LAYOUT = """<style>
 .esr-panel { max-width: 1280px; }
@@ -48,7 +49,7 @@ class Panel:
         query, minus, example: boxes of text. The example, an audio file's path or a moment's id, comes before the
             sentence while there is one.
         threshold: slider of the least score.
-        filters: by column, what limits it: a list of its values, or a range.
+        filters: by column, what limits it: a list of its values, a box to type one of many in, or a range.
         widget: all of it.
     """
 
@@ -145,7 +146,9 @@ class Panel:
         """Conditions by column, as `Index.search` takes them, of the filters that limit something."""
         found = {}
         for column, box in self.filters.items():
-            if isinstance(box, widgets.Dropdown):
+            if isinstance(box, widgets.Combobox):
+                found |= {column: box.value} if box.value else {}
+            elif isinstance(box, widgets.Dropdown):
                 found |= {} if box.value == ANY else {column: box.value}
             else:
                 low, high = box.value
@@ -241,11 +244,13 @@ def _button(description: str, icon: str, press: Any) -> widgets.Button:
 # Filters ----------------------------------------------------------------------------------------------------
 
 
-def _filters(index: Index) -> dict[str, widgets.Dropdown | widgets.FloatRangeSlider]:
-    """A widget for each column that tells moments apart: of numbers a range, of few other values a list of them."""
+def _filters(index: Index) -> dict[str, widgets.Dropdown | widgets.Combobox | widgets.FloatRangeSlider]:
+    """A widget for each column that tells moments apart: of numbers a range, of few other values a list of them, of
+    more a box to type in."""
     kinds = {name: str(kind) for name, kind in index.columns().items() if name not in _HIDDEN}
     found: dict[str, set] = {name: set() for name in kinds}
-    for batch in index.batches(list(kinds), Snapshot(index).alive()):
+    snapshot = Snapshot(index)
+    for batch in index.batches(list(kinds), snapshot.alive()):
         for name, values in list(found.items()):
             values.update(batch[name].drop_null().unique().to_pylist())
             if kinds[name] in ("double", "int64"):
@@ -254,12 +259,17 @@ def _filters(index: Index) -> dict[str, widgets.Dropdown | widgets.FloatRangeSli
                 del found[name]
     made = {}
     for name, values in found.items():
-        if len(values) > 1:
+        if len(values) > 1 and (len(values) <= MAX_LISTED or len(values) < snapshot.n_moments):
             made[name] = _range(name, *sorted(values)) if kinds[name] in ("double", "int64") else _list(name, values)
     return dict(sorted(made.items(), key=lambda item: isinstance(item[1], widgets.FloatRangeSlider)))  # lists first
 
 
-def _list(column: str, values: set) -> widgets.Dropdown:
+def _list(column: str, values: set) -> widgets.Dropdown | widgets.Combobox:
+    if len(values) > MAX_LISTED:
+        return widgets.Combobox(
+            options=sorted(values), description=f"{column}:", placeholder="any", continuous_update=False,
+            style={"description_width": "auto"},
+        )  # fmt: skip
     labels = {value: cards.file_name(value) if column == "file" else str(value) for value in values}
     twice = len(set(labels.values())) < len(labels)  # files of one name in several folders
     options = [("any", ANY), *sorted((value if twice else labels[value], value) for value in values)]

@@ -133,7 +133,22 @@ def test_filters_are_of_the_columns_that_tell_moments_apart(panel, manifest):
         values = sorted(manifest[name].unique())
         assert lists[name] == (("any", ANY), *((value, value) for value in values))
     assert "corpus" not in panel.filters  # one value
-    assert not {"id", "utterance_id", "file", "path", "start_s"} & set(panel.filters)  # too many values, or none
+    assert not {"id", "utterance_id", "file", "path", "start_s"} & set(panel.filters)  # one each, or none
+
+
+def test_of_many_values_one_is_typed(index, manifest, monkeypatch):
+    monkeypatch.setattr("esr_utils.panel.MAX_LISTED", 5)
+    panel, speakers = Panel(index, QUERY, K), sorted(manifest["speaker"].unique())
+    box = panel.filters["speaker"]
+    assert isinstance(box, widgets.Combobox) and list(box.options) == speakers and len(speakers) == 6
+    box.value = speakers[2]
+    check(panel, index.search(QUERY, K, where={"speaker": speakers[2]}))
+    box.value = "nobody"
+    assert shown(panel) == [] and message(panel).startswith("Nothing was found")
+    box.value = ""
+    check(panel, index.search(QUERY, K))
+    monkeypatch.setattr("esr_utils.panel.MAX_VALUES", 5)
+    assert "speaker" not in Panel(index).filters
 
 
 def test_filters_limit_what_is_found(panel, index):
