@@ -25,26 +25,31 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from esr_utils import runs
+from esr_utils import index as index_module
+from esr_utils import recordings, runs
 from esr_utils.audio_folder import absolute_path
 from esr_utils.index import Index, clip_keys
 from esr_utils.index_rows import Changes, Embedded, Report, first_line
 from esr_utils.index_snapshot import Snapshot
 from esr_utils.recordings import Found, refresh_by
 from esr_utils.scale_workers import Clips, Done, Listener, Worker
+
+if TYPE_CHECKING:
+    from esr_utils.retriever import Retriever
 
 _BATCH_S, _BATCH_FILES = 1800.0, 500  # of audio in a batch, at most, if no single file is longer: what a death costs
 _ROUNDS = 4  # batches that a worker gets, at least, so that all end at about the same time
@@ -137,6 +142,30 @@ def build(
         index.apply(changes, lambda _: results)
     report.left_out |= dict(changes.unreadable)
     return report
+
+
+def fill(
+    index: Index,
+    source: Found | pd.DataFrame,
+    run: str | Path,
+    workers: Workers = Workers(),  # noqa: B008
+) -> Report:
+    """`refresh` by recordings, `build` by a manifest."""
+    return (refresh if isinstance(source, Found) else build)(index, source, run, workers)
+
+
+def alone(index: Index, model: Retriever, source: Found | pd.DataFrame, n: int, seed: int) -> Index:
+    """What this process by itself makes of n of the recordings, or of a manifest's clips, that filled an index: another
+    one, in memory."""
+    good, about = index.files().query("problem == ''").index, index.about
+    if isinstance(source, Found):
+        made = Index.create("memory://", model, about["level"], replace=True, channels=about["channels"])
+        usable = sorted(path for key, path in source.files.items() if key in good)
+        recordings.refresh(made, recordings.find(random.Random(seed).sample(usable, min(n, len(usable)))))
+        return made
+    usable = source[[key in good for key in clip_keys(source)]]
+    sample = usable.sample(min(n, len(usable)), random_state=seed)
+    return index_module.build(model, sample, level=about["level"], cache=None)[0]
 
 
 def agreement(index: Index, other: Index) -> pd.DataFrame:

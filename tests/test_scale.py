@@ -175,7 +175,7 @@ def test_a_manifest_becomes_the_index_that_one_process_builds(own_corpus, tmp_pa
     bad = Path(own_corpus["root"].iloc[0]) / own_corpus["path"].iloc[0]
     bad.write_text("no sound at all")
     index = Index.create(tmp_path / "index", tiny_model)
-    report = scale.build(index, own_corpus, tiny_run, Workers(1))
+    report = scale.fill(index, own_corpus, tiny_run, Workers(1))
     assert list(report.problems) == [str(bad)] and own_corpus["utterance_id"].iloc[0] in report.problems[str(bad)]
     assert (report.embedded, report.moments, report.unchanged) == (len(rest), len(rest), 0)
     index.delete_files([str(bad)])
@@ -196,6 +196,19 @@ def test_batches_are_longest_first_and_bounded():
     made = scale.batches(many, 4)
     assert sorted(key for batch in made for key in batch) == list(range(5000))
     assert max(many[batch].sum() for batch in made) <= 1800 and max(map(len, made)) <= 500 and len(made) > 16
+
+
+def test_a_sample_is_made_again_by_one_process(folder, index, manifest, tmp_path, tiny_model):
+    found = recordings.find(folder)
+    recordings.refresh(index, found)
+    clips, _ = build(tiny_model, manifest, tmp_path / "clips", cache=None)
+    for filled, source, unit in ((index, found, "file"), (clips, manifest, "id")):
+        for n in (3, 100):
+            one = scale.alone(filled, tiny_model, source, n, seed=0)
+            ((_, missing, apart),) = scale.agreement(filled, one).to_numpy().tolist()
+            assert missing == 0 and apart < 1e-4
+            made = set(one.table.to_pandas().query("written == 0")[unit])
+            assert len(made) == min(n, 9 if unit == "file" else len(manifest))  # none of the broken file
 
 
 def test_agreement_names_what_is_missing_and_how_far_vectors_are_apart(tmp_path, tiny_model):
