@@ -17,8 +17,8 @@ from esr_utils import weights
 from esr_utils.config import SAMPLE_RATE
 
 WINDOW = 512  # samples at 16 kHz
-# Probabilities: speech begins at the one, and ends below the other. The package begins at 0.5, which loses more whispers
-# and quiet voices (`benchmarks/voice_activity.py`): what is no speech finds no sentence, what is lost cannot be found.
+# Probabilities: speech begins at the one, and ends below the other. The package's own 0.5 loses more whispers and quiet
+# voices (`benchmarks/voice_activity.py`): what is no speech fits no sentence, what is lost cannot be found.
 SPEECH, SILENCE = 0.3, 0.15
 MIN_SILENCE_S, MIN_SPEECH_S, PAD_S = 0.2, 0.25, 0.05  # seconds: of a pause, of speech, kept on both sides
 _CONTEXT = 64  # samples of the window before, which the network also hears
