@@ -115,7 +115,7 @@ def _add_query(parser: argparse.ArgumentParser) -> None:
     add("--run", help="run whose retriever made the index, where it is no longer at its place")
     add("-k", type=int, default=10, metavar="N", help="hits (default: 10)")
     add("--like", metavar="FILE_OR_ID", help="an example in place of a sentence: an audio file of up to a "
-        "minute, whose own moments are hits too if the index has it; or the id of a moment, which is none")  # fmt: skip
+        "minute, or the id of a moment; of the index itself, it is not among the hits")  # fmt: skip
     add("--minus", metavar="SENTENCE", help="how it should not sound, which counts half as much as the sentence")
     add("--where", action="append", default=[], metavar="COLUMN=VALUE", help="keep what has this value (of file: "
         "this path), or one from LOW..HIGH (either may be left out); of several for one column any, of several columns "

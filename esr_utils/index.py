@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Self
@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from esr_utils import nearest, runs
-from esr_utils.audio_folder import absolute_key, absolute_path
+from esr_utils.audio_folder import absolute_key, absolute_path, at_home
 from esr_utils.config import Level
 from esr_utils.index_rows import Embedded, File, IndexUnusable, unfit
 from esr_utils.index_snapshot import QueryError, Scored, Snapshot, is_text
@@ -207,12 +207,12 @@ class Index(IndexWriter):
     def search_like(self, example: str | Path, k: int = 10, min_score: float = -1.0, **options: Any) -> pd.DataFrame:
         """The k moments that sound most like an example: the id of a moment of this index, or an audio file.
 
-        The example itself is not among the hits when it is of the index. Returns, raises and takes options as `search`;
-        QueryError also for an example that cannot be found or read.
+        The example itself is not among the hits when it is of the index: that moment, or all of that file. Returns,
+        raises and takes options as `search`; QueryError also for an example that cannot be found or read.
         """
         with self._searching:
-            row, vector = self._example(example)
-            return self._nearest(vector, k, min_score, without=row, **options)
+            own, vector = self._example(example)
+            return self._nearest(vector, k, min_score, without=own, **options)
 
     def _adapted(self) -> Retriever | None:
         """The model, by the statistics of this index where it adapts."""
@@ -237,24 +237,24 @@ class Index(IndexWriter):
         with self._searching:
             return self._scored(self._current(), self._example(example)[1]).scores()
 
-    def _example(self, example: str | Path) -> tuple[int | None, NDArray[np.float32]]:
-        """An example's row id, None if it is not of this index, and its unit vector (d,)."""
-        row, vector = self._own(str(example)) or (None, None)
-        if row is None:
+    def _example(self, example: str | Path) -> tuple[list[int], NDArray[np.float32]]:
+        """Row ids of an example in this index, if it is of it, and its unit vector (d,)."""
+        own = self._own(str(example))
+        whole = [row["vector"] for row in own if row["start_s"] is None or row["id"] == str(example)]
+        vector = np.array(whole[0], np.float32) if whole else None
+        if vector is None:
             vector = of_file(Path(example), self._adapted(), self.about["level"])
-        return row, unit(vector)
+        return [row["_rowid"] for row in own], unit(vector)
 
-    def _own(self, example: str) -> tuple[int, NDArray[np.float32]] | None:
-        """Row id and vector of the moment that has this id, or is all of this file."""
+    def _own(self, example: str) -> list[dict[str, Any]]:
+        """The moment that has this id, or those of this file."""
         from lancedb.expr import col, lit
 
-        for column in ("id", "file") if is_text(example) else ():
-            condition = self._current().alive(col(column) == lit(example))
-            for batch in self.batches(["start_s", "vector"], condition):
-                for row in batch.to_pylist():
-                    if column == "id" or row["start_s"] is None:
-                        return row["_rowid"], np.array(row["vector"], np.float32)
-        return None
+        names = [example] if is_text(example) else []
+        condition = col("id").isin([lit(name) for name in names])
+        condition |= col("file").isin([lit(name) for name in (*names, absolute_key(at_home(example)))])
+        found = self.batches(["id", "start_s", "vector"], self._current().alive(condition))
+        return [row for batch in found for row in batch.to_pylist()]
 
     def _vector(self, query: Query, minus: Query | None, minus_weight: float) -> NDArray[np.float32]:
         """The unit vector (d,) of a query minus another."""
@@ -276,9 +276,9 @@ class Index(IndexWriter):
         one_per: str | None = None,
         offset: int = 0,
         approximate: bool | None = None,
-        without: int | None = None,
+        without: Sequence[int] = (),
     ) -> pd.DataFrame:
-        """Hits as `search` returns them; `without` is the row id of one that is left out."""
+        """Hits as `search` returns them; `without` are row ids of some that are left out."""
         for name, value, least in (("k", k, 1), ("offset", offset, 0)):
             if not isinstance(value, int | np.integer) or value < least:
                 raise QueryError(f"{name} is {value}; it must be a whole number of at least {least}")
@@ -287,11 +287,11 @@ class Index(IndexWriter):
         snapshot = self._current()
         condition = snapshot.condition(where or {})
         found = self._scored(snapshot, vector, condition, approximate)
-        wanted, n = offset + k, offset + k + (without is not None)
+        wanted, n = offset + k, offset + k + len(without)
         while True:
             rows, scores = found.best(n)
             last = len(rows) < n or scores[-1] < min_score  # there is nothing after these
-            kept = scores >= min_score if without is None else (scores >= min_score) & (rows != np.uint64(without))
+            kept = (scores >= min_score) & ~np.isin(rows, np.array(without, np.uint64))
             rows, scores = rows[kept], scores[kept]
             if one_per is not None:
                 first = snapshot.first_of_each(rows, one_per)

@@ -516,7 +516,7 @@ def test_help_has_examples_and_codes_and_comes_at_once(esr):
     code, out, _ = esr("search", "--help")
     assert code == OK and "examples:" in out and "130  interrupted" in out and 'esr search "excited" --minus' in out
     assert 'angry sad looks for "angry sad"' in out and "counts half" in " ".join(out.split())
-    assert "whose own moments are hits too" in " ".join(out.split())
+    assert "of the index itself, it is not among the hits" in " ".join(out.split())
     assert all(name in esr("--help")[1] for name in ("index", "search", "stats", "export"))
 
 

@@ -19,6 +19,7 @@ from test_decoding import convert
 
 from esr_utils import index as index_module
 from esr_utils import index_snapshot
+from esr_utils.audio_folder import absolute_key
 from esr_utils.embedding import Embeddings, embed
 from esr_utils.index import Index, QueryError, build, model_id
 from esr_utils.index_rows import Embedded, File, IndexUnusable
@@ -498,6 +499,16 @@ def test_an_example_that_is_a_file_of_the_index_is_not_among_its_hits(clips):
     index, rows = clips
     hits = index.search_like(Path(rows["root"][4]) / rows["path"][4], k=12)
     assert rows["utterance_id"][4] not in set(hits["utterance_id"]) and len(hits) == 11
+
+
+def test_of_an_example_that_the_index_has_in_moments_none_is_among_its_hits(own, speech, tmp_path, monkeypatch):
+    example = tmp_path / "50 % of it.wav"  # of another name in the index
+    soundfile.write(example, speech[:48_000], 16_000)
+    rows = pd.DataFrame({"start_s": [0.0, 1.5], "end_s": [1.5, 3.0], "channel": 0})
+    own.add([file_of(absolute_key(example), rows, unit(2, 5))])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in (example, str(example), "~/50 % of it.wav"):
+        assert len(own.search_like(name, k=100)) == N and own.stats()["moments"] == N + 2
 
 
 def test_an_example_that_is_not_there_is_refused(clips, tmp_path):
