@@ -4,9 +4,10 @@ One LanceDB table, `moments`, holds moments and one entry a file (`index_rows`).
 moments and its entry, both under a new `version`. An append happens whole or not at all, so rows and entry cannot
 disagree, whenever the process is killed and whoever else writes. What counts is the entry written last of each file,
 and the moments under its version; if these are not as many as it says, the file counts as not there. All else is dead:
-it is never read, and the next writing deletes it. So nothing is locked, and no step has to follow another. A new time
-of the same content is one more entry, of the same version. Of a file that lasts hours what there is so far is written
-now and then, with a problem that says so (`UNFINISHED`); each such writing replaces the one before as a new file would.
+it is never read, the next writing deletes it, and a later one frees its room. So nothing is locked, and no step has to
+follow another. A new time of the same content is one more entry, of the same version. Of a file that lasts hours what
+there is so far is written now and then, with a problem that says so (`UNFINISHED`); each such writing replaces the one
+before as a new file would.
 
 Conditions are built from column names that were checked and from values as literals, never as text.
 """
