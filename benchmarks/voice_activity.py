@@ -1,6 +1,6 @@
 """What voice activity keeps of speech, and of what is none: python benchmarks/voice_activity.py [folder of sounds]
 
-    lost     clips of which nothing is kept
+    lost     clips that make no moment, which lasts a second at least
     kept     share of the time from a clip's first frame of 32 ms that is at most 35 dB below its loudest, to its last
     room     s kept of an hour of what comes before that, or after, over 0.1 s away: room, and breath
     sounds   s kept of an hour of the folder's files, which should hold no speech: noise, music
@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from esr_utils import decoding, intervals, manifests, vad
+from esr_utils import decoding, intervals, manifests, moments, vad
 from esr_utils.batches import load_waveform, utterance_id
 from esr_utils.config import SAMPLE_RATE
 
@@ -30,11 +30,12 @@ CORPORA = ("ravdess", "emodb", "nemo") if os.environ.get("ESR_DATA") else ()
 BELOW_DB, MARGIN, SILENT = 35, 1600, 1e-12
 
 
-def spans(probabilities: np.ndarray, n_samples: int, threshold: tuple[float, float]) -> list[tuple[int, int]]:
+def spans(probabilities: np.ndarray, n_samples: int, threshold: tuple[float, float]) -> tuple[list, list]:
+    """Of speech, and of the moments made of it."""
     vad.SPEECH, vad.SILENCE = threshold
-    rule = vad.SpeechSegments()
+    rule, utterances = vad.SpeechSegments(), moments._Utterances()
     found = [rule.step(float(p)) for p in probabilities] + [rule.finish(n_samples)]
-    return [span for span in found if span]
+    return [span for span in found if span], utterances.feed(probabilities) + utterances.finish(n_samples)
 
 
 def within(found: list[tuple[int, int]], start: int, end: int) -> int:
@@ -52,8 +53,8 @@ def heard(samples: np.ndarray) -> dict[str, float]:
     quiet = [(0, max(0, start - MARGIN)), (min(len(samples), end + MARGIN), len(samples))]
     row: dict[str, float] = {"s": len(samples), "quiet_s": sum(last - first for first, last in quiet)}
     for name, threshold in THRESHOLDS.items():
-        found = spans(probabilities, len(samples), threshold)
-        row |= {f"lost {name}": not found, f"kept {name}": within(found, start, end) / (end - start)}
+        found, made = spans(probabilities, len(samples), threshold)
+        row |= {f"lost {name}": not made, f"kept {name}": within(found, start, end) / (end - start)}
         row |= {f"room {name}": sum(within(found, *part) for part in quiet)}
         row |= {f"all {name}": within(found, 0, len(samples))}
     return row
