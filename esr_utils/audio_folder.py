@@ -134,6 +134,13 @@ def absolute_key(path: str | Path) -> str:
     return "/" if inside == "." else f"/{inside}"
 
 
+def possible_keys(path: str | Path) -> set[str]:
+    """Under these a file may be in a table, as a folder is gone through with the links to it followed."""
+    path = at_home(path)
+    folder, end = os.path.realpath(path.parent), os.path.realpath(path)
+    return {absolute_key(one) for one in (path, Path(folder, path.name), end)}
+
+
 def absolute_path(key: str) -> Path:
     """The file that an `absolute_key` stands for, whether it is there or not.
 

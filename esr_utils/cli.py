@@ -11,7 +11,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from esr_utils.audio_folder import absolute_key, at_home, path_or_key, printable, shown
+from esr_utils.audio_folder import path_or_key, possible_keys, printable, shown
 from esr_utils.cli_options import ERROR, INTERRUPTED, NOTHING, OK, PIPE_CLOSED, USAGE, parser
 
 if TYPE_CHECKING:
@@ -185,15 +185,15 @@ def _stats(options: Namespace) -> int:
     print(f"{'columns:':<21}" + ", ".join(f"{name} ({kind})" for name, kind in about["columns"].items()))
     if about["adapt"] != "off":
         nameless = "all" if about["adapt"] == "all" else "none"
-        left = {printable(group) or nameless: why for group, why in about["not_adapted_to"].items()}
+        left = [(printable(group) or nameless, why) for group, why in about["not_adapted_to"].items()]
         _print_reasons("not_adapted_to", left)
-    _print_reasons("problems", {shown(key): why for key, why in about["problems"].items()})
+    _print_reasons("problems", [(shown(key), why) for key, why in about["problems"].items()])
     return OK
 
 
-def _print_reasons(name: str, reasons: dict[str, str]) -> None:
+def _print_reasons(name: str, reasons: list[tuple[str, str]]) -> None:
     print(f"{name + ':':<21}{len(reasons)}")
-    for one, why in reasons.items():
+    for one, why in reasons:
         print(f"  {one}: {why}")
 
 
@@ -288,8 +288,9 @@ def _condition(condition: str, index: Index) -> tuple[str, list[Any]]:
 def _keys(path: str, index: Index) -> list[str]:
     """The file at a path, as the index names it; also by that name, and by the path as hits are printed with it, which
     may be that of several."""
-    key = absolute_key(at_home(path))
-    return [known for known in index.files().index if known in (path, key) or shown(known) == path] or [key]
+    keys, files = possible_keys(path), index.files().index
+    known = [key for key in files if key in keys | {path}] or [key for key in files if shown(key) == path]
+    return known or sorted(keys)
 
 
 def _read_hits(options: Namespace) -> pd.DataFrame:

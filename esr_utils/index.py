@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
@@ -27,9 +28,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from esr_utils import nearest, runs
-from esr_utils.audio_folder import absolute_key, absolute_path, at_home
+from esr_utils.audio_folder import absolute_key, absolute_path, possible_keys
 from esr_utils.config import Level
-from esr_utils.index_rows import Embedded, File, IndexUnusable, unfit
+from esr_utils.index_rows import Embedded, File, IndexUnusable, IndexWriteError, unfit
 from esr_utils.index_snapshot import QueryError, Scored, Snapshot, is_text
 from esr_utils.index_writing import IndexWriter
 from esr_utils.query_vectors import Query, of_file, of_query, unit
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from esr_utils.retriever import Retriever
 
 EXACT_LIMIT = 1_000_000  # moments; past that there is an approximate index, and searches use it
-_UNKNOWN = 0.1  # share of the rows that it need not know: these are scanned
+_UNKNOWN, _PARTS = 0.1, 8  # share of the rows that it need not know: these are scanned; and its parts, at most
 
 
 class Index(IndexWriter):
@@ -103,8 +104,16 @@ class Index(IndexWriter):
         n = super().sweep()
         if n > EXACT_LIMIT:
             known = [self.table.index_stats(one.name) for one in self.table.list_indices() if "vector" in one.columns]
-            if not known or known[0].num_unindexed_rows > _UNKNOWN * self.table.count_rows():
-                self.build_approximate()
+            # LanceDB adds a part for what is new whenever `tidy` joins files, and a search reads in each of them.
+            if (
+                not known
+                or known[0].num_unindexed_rows > _UNKNOWN * self.table.count_rows()
+                or known[0].num_indices > _PARTS
+            ):
+                try:
+                    self.build_approximate()
+                except IndexWriteError as error:
+                    warnings.warn(f"all was written, but searches are slower than they could be: {error}", stacklevel=2)
         return n
 
     def build_approximate(self) -> None:
@@ -252,7 +261,7 @@ class Index(IndexWriter):
 
         names = [example] if is_text(example) else []
         condition = col("id").isin([lit(name) for name in names])
-        condition |= col("file").isin([lit(name) for name in (*names, absolute_key(at_home(example)))])
+        condition |= col("file").isin([lit(name) for name in (*names, *possible_keys(example))])
         found = self.batches(["id", "start_s", "vector"], self._current().alive(condition))
         return [row for batch in found for row in batch.to_pylist()]
 

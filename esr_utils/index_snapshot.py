@@ -41,7 +41,7 @@ def is_text(value: str) -> bool:
 
 
 class Snapshot:
-    """The table at the version that it is at now. What is read of it is kept until there is a newer one.
+    """The newest version of the table. What is read of it is kept until there is a newer one.
 
     Attributes:
         version: of the table.
@@ -50,7 +50,7 @@ class Snapshot:
     """
 
     def __init__(self, table: IndexTable) -> None:
-        self.table, self.version = table, table.table.version
+        self.table, self.version = table, table.reload()
         entries, self._dead, _ = table.entries()
         self.n_moments = int(entries["file_moments"].sum())
         named = [one.name for one in table.table.list_indices() if "vector" in one.columns]

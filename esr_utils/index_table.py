@@ -194,14 +194,16 @@ class IndexTable:
 
     def unfinished(self) -> dict[str, tuple[str, int]]:
         """Content (sha256) and version of the files that are not there to their end, by their keys."""
+        self.reload()
         entries, _, _ = self.entries()
         found = entries[entries["file_problem"] == UNFINISHED]
         return dict(zip(found.index, zip(found["file_sha256"], found["version"], strict=True), strict=True))
 
     def of_version(self, version: int, columns: Sequence[str]) -> pa.Table:
-        """Columns of the moments of one version."""
+        """Columns of the moments of one version; of none where it was replaced meanwhile."""
         from lancedb.expr import col, lit
 
+        self.reload()
         condition = (col("written") == lit(0)) & (col("version") == lit(int(version)))
         return self.table.search().where(condition).select(list(columns)).to_arrow()
 

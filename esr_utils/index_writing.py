@@ -6,8 +6,10 @@ import os
 import random
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -38,7 +40,9 @@ _TRIES = 12  # at a commit that met another one's
 _COMMIT_ROWS, _COMMIT_S = 2048, 20.0  # what waits for a commit, at most, and so is lost by a kill
 _WRITTEN_ROWS = 256  # at a time, in one commit: a long file's at once would be held twice
 _SMALL_FRAGMENTS, _OLD_VERSIONS = 32, 32  # files of a table worth joining into one, and versions worth removing
-_READ_S = 3600.0  # for which a version that was the newest may still be read
+# For so long a version that was the newest may still be read: an hour, and one more, since LanceDB tells when it was
+# made by the local clock, which repeats an hour in autumn.
+_READ_S = 7200.0
 
 Result = TypeVar("Result")
 
@@ -182,16 +186,19 @@ class IndexWriter(IndexTable):
     def tidy(self, table: lancedb.table.Table) -> None:
         """Joins many small files of a table of this index into few, and removes from disk what older versions held.
 
-        Both now and then, since joining may write the table anew: so at most some 30 commits lie beside it, and it
-        itself once more. A version that another process may still read stays, as does all where there is no room.
+        Both when there are many, since joining may write all of the table anew. A version that another process may
+        still read stays, and all of them where there is no room for a copy.
         """
-        stats = table.stats()
-        keep_s, unread = _unread([time.time() - one["timestamp"].timestamp() for one in table.list_versions()])
+        stats, versions = table.stats(), sorted(table.list_versions(), key=lambda one: -one["version"])
+        keep_s, unread = _unread([time.time() - one["timestamp"].timestamp() for one in versions])
         if stats["fragment_stats"]["num_small_fragments"] <= _SMALL_FRAGMENTS and unread <= _OLD_VERSIONS:
             return
-        if "://" not in self.uri and shutil.disk_usage(self.uri).free < stats["total_bytes"]:
+        if _free(self.uri) < stats["total_bytes"]:
             return
-        self.commit(lambda: table.optimize(cleanup_older_than=timedelta(seconds=keep_s)))
+        # What was to be written is, and this is tried again. LanceDB also fails, having joined and removed, where of
+        # all rows that are new to the approximate index none has a vector.
+        with suppress(IndexWriteError):
+            self.commit(lambda: table.optimize(cleanup_older_than=timedelta(seconds=keep_s)))
 
     def _delete(self, column: str, values: list) -> None:
         from lancedb.expr import col, lit
@@ -218,6 +225,7 @@ class IndexWriter(IndexTable):
     def now(self) -> int:
         """A time that is later than every writing seen here, also where the clocks of two machines differ."""
         if not self._latest:
+            self.reload()  # what an older version held may be gone
             self.entries()
         return max(time.time_ns(), self._latest + 1)
 
@@ -242,11 +250,22 @@ class IndexWriter(IndexTable):
 def _unread(ages_s: list[float]) -> tuple[float, int]:
     """From which age on versions are read no more, and how many these are.
 
-    Reading starts at what is newest then. So the version that was the newest an hour ago is kept, however old it is;
-    and, since joining files comes before removing any, those of as long before it as that may take.
+    Reading starts at what is newest then. So the version that was the newest _READ_S ago is kept, however old it is,
+    with all after it; and, since joining files comes before removing any, those of as long before as that may take.
+
+    Args:
+        ages_s: the newest version's first.
     """
-    keep_s = min((age for age in ages_s if age > _READ_S), default=float(_READ_S)) + _READ_S
+    older = [i for i, age in enumerate(ages_s) if age > _READ_S]
+    keep_s = max(ages_s[: older[0] + 1] if older else [0.0]) + _READ_S
     return keep_s, sum(age > keep_s for age in ages_s)
+
+
+def _free(uri: str) -> int:
+    """Bytes that are free on the disk of an index; of a bucket more than any that are asked for."""
+    with suppress(OSError):
+        return shutil.disk_usage(uri).free
+    return sys.maxsize
 
 
 def _is_below(key: str, places: Sequence[str]) -> bool:

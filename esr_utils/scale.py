@@ -156,7 +156,7 @@ def fill(
 
 def alone(index: Index, model: Retriever, source: Found | pd.DataFrame, n: int, seed: int) -> Index:
     """What this process by itself makes of n of the recordings, or of a manifest's clips, that filled an index: another
-    one, in memory."""
+    one, in memory, by the training's statistics."""
     good, about = index.files().query("problem == ''").index, index.about
     if isinstance(source, Found):
         made = Index.create("memory://", model, about["level"], replace=True, channels=about["channels"])

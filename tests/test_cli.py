@@ -420,6 +420,17 @@ def test_a_file_is_named_as_it_is_printed_or_by_its_key(esr, folder, tiny_run, t
             code, out, _ = esr("search", QUERY, "-k", 100, "--where", f"file={said}", "--index", index)
             assert code == OK and all(line.endswith(f"  {printed}") for line in out.splitlines()), said
     assert esr("search", QUERY, "--where", "file=/nowhere/\udcff.wav", "--index", index)[0] == NOTHING
+    (tmp_path / "link").symlink_to(mine)
+    assert esr("search", QUERY, "--where", f"file={tmp_path}/link/plain.flac", "--index", index)[0] == OK
+
+
+def test_stats_name_each_bad_file_also_those_that_print_alike(esr, folder, tmp_path, tiny_run):
+    shutil.copy(folder / "one.flac", tmp_path)
+    for name in (b"q\xfe.wav", b"q\xff.wav"):
+        Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name))).write_text("no sound")
+    assert esr("index", tmp_path, "--index", tmp_path / "index", "--run", tiny_run)[0] == OK
+    out = esr("stats", "--index", tmp_path / "index")[1]
+    assert re.search(r"problems: +2\n", out) and out.count("q\ufffd.wav: ") == 2
 
 
 def test_an_example_is_not_hours_long(esr, filled, folder, tmp_path):

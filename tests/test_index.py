@@ -18,11 +18,11 @@ import torch
 from test_decoding import convert
 
 from esr_utils import index as index_module
-from esr_utils import index_snapshot
+from esr_utils import index_snapshot, index_writing
 from esr_utils.audio_folder import absolute_key
 from esr_utils.embedding import Embeddings, embed
 from esr_utils.index import Index, QueryError, build, model_id
-from esr_utils.index_rows import Embedded, File, IndexUnusable
+from esr_utils.index_rows import Embedded, File, IndexUnusable, IndexWriteError
 from esr_utils.manifests import load_corpora, to_cuts
 from esr_utils.retriever import StyleRetriever
 
@@ -346,6 +346,29 @@ def test_past_the_limit_writing_makes_the_approximate_index_and_again_when_much_
     assert len(made) == 1
     add("d", 200)
     assert len(made) == 2
+    monkeypatch.setattr(index_writing, "_SMALL_FRAGMENTS", 0)  # each time files are joined, and what is new made known
+    for i in range(12):
+        add(f"e{i}", 5)
+    assert len(made) == 3
+
+
+def test_what_has_no_vectors_is_written_beside_an_approximate_index(large, monkeypatch):
+    index, _ = large
+    index.build_approximate()
+    monkeypatch.setattr(index_writing, "_SMALL_FRAGMENTS", 0)
+    index.add([file_of("silent", pd.DataFrame({"start_s": []}), unit(0, 0))])
+    assert len(index.files()) == 21 and len(index.search(unit(1, 4)[0], approximate=True)) == 10
+
+
+def test_an_approximate_index_that_cannot_be_made_is_said_and_all_is_written(own, monkeypatch):
+    def full(index: Index) -> None:
+        raise IndexWriteError("the disk is full")
+
+    monkeypatch.setattr(index_module, "EXACT_LIMIT", 50)
+    monkeypatch.setattr(Index, "build_approximate", full)
+    with pytest.warns(UserWarning, match="all was written.*slower than they could be: the disk is full"):
+        own.add([file_of("new", pd.DataFrame({"start_s": [0.0], "end_s": [1.0], "channel": [0]}), unit(1, 5))])
+    assert "new" in own.files().index
 
 
 @pytest.mark.parametrize("options", [{}, {"where": {"channel": 1}}, {"one_per": "file", "offset": 3}])
@@ -396,7 +419,7 @@ def test_threads_that_search_one_index_read_in_it_one_after_another(large):
         inside.wait()
         index.append([file_of("new", pd.DataFrame({"start_s": [0.0], "end_s": [1.0], "channel": [0]}), query[None])])
         second = threads.submit(opened.search, query, approximate=True)
-    assert steps == ["goes on", "reads", "has read"] * 2
+    assert steps == ["goes on", "goes on", "reads", "has read"] * 2
     assert "new" not in set(first.result()["file"]) and second.result()["file"][0] == "new"
 
 
@@ -507,7 +530,8 @@ def test_of_an_example_that_the_index_has_in_moments_none_is_among_its_hits(own,
     rows = pd.DataFrame({"start_s": [0.0, 1.5], "end_s": [1.5, 3.0], "channel": 0})
     own.add([file_of(absolute_key(example), rows, unit(2, 5))])
     monkeypatch.setenv("HOME", str(tmp_path))
-    for name in (example, str(example), "~/50 % of it.wav"):
+    (tmp_path / "link").symlink_to(tmp_path)
+    for name in (example, str(example), "~/50 % of it.wav", tmp_path / "link" / example.name):
         assert len(own.search_like(name, k=100)) == N and own.stats()["moments"] == N + 2
 
 

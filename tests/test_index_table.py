@@ -31,6 +31,7 @@ from esr_utils.index_rows import (
     entry,
     moment_id,
 )
+from esr_utils.index_snapshot import Snapshot
 from esr_utils.index_writing import IndexWriter
 
 DIM = 8
@@ -321,16 +322,35 @@ def test_what_was_replaced_within_the_hour_can_be_read_still(tmp_path, monkeypat
     ("ages_h", "removed"),
     [
         ([], []),
-        ([0.1, 0.2, 0.9], []),
-        ([0.1, 50], []),  # an hour ago that of 50 h was the newest
-        ([0.1, 50, 50.5], []),
-        ([0.1, 50, 50.5, 51.5, 90], [51.5, 90]),
-        ([2, 3.5], [3.5]),
+        ([0.1, 0.2, 1.9], []),
+        ([0.1, 50], []),  # two hours ago that of 50 h was the newest
+        ([0.1, 50, 51.5], []),
+        ([0.1, 50, 51.5, 52.5, 90], [52.5, 90]),
+        ([3, 4.5, 5.5], [5.5]),
+        ([0.1, 1.1, 50, 53], [53]),  # an hour that was there twice
+        ([0.1, 60, 50, 63], [63]),  # by a clock that is behind
     ],
 )
 def test_versions_are_removed_that_nobody_can_be_reading(ages_h, removed):
     keep_s, n = index_writing._unread([3600 * age for age in ages_h])
     assert [age for age in ages_h if 3600 * age > keep_s] == removed and n == len(removed)
+
+
+def test_who_reads_after_hours_reads_what_is_there_now(table, folder, monkeypatch):
+    """What they had seen was removed from disk meanwhile."""
+    monkeypatch.setattr(index_writing, "_READ_S", 0.0)
+    monkeypatch.setattr(index_writing, "_SMALL_FRAGMENTS", 0)
+    table.refresh("audio", found(folder), of_files)
+    (key, path), *_ = found(folder)
+    table.append([Embedded(File.read(key, path), pd.DataFrame({"start_s": [0.0]}), unit(1), problem=UNFINISHED)])
+    late = [IndexWriter.open_named(table.uri) for _ in range(4)]
+    version = table.unfinished()[key][1]
+    for seed in range(2):
+        table.add(made(other, 3, seed) for other, _ in found(folder))
+    assert late[0].unfinished() == {} and len(late[1].of_version(version, ["id"])) == 0
+    assert Snapshot(late[2]).n_moments == 3 * len(found(folder))
+    late[3].append([made("late", 1)])
+    assert moments(table)["late"] == 1
 
 
 def test_without_room_for_a_copy_nothing_is_joined(table, monkeypatch):
