@@ -110,9 +110,8 @@ def sounds(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # the network is small
-    speech("demo", ["whispered"], 0)
-    for corpus in CORPORA:
-        speech(corpus, None, 0)
-        speech(corpus, None, -20)
+    for corpus, styles in (("demo", ["whispered"]), *((corpus, None) for corpus in CORPORA)):
+        for gain_db in (0, -20):
+            speech(corpus, styles, gain_db)
     for folder in sys.argv[1:]:
         sounds(Path(folder))
