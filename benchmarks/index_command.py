@@ -1,8 +1,10 @@
-"""`esr index` at its real sizes, start to exit: python benchmarks/index_command.py hours [6 [BY]] | refresh [10000]
+"""`esr index` at its real sizes, start to exit: python benchmarks/index_command.py MODE [N [BY]]
 
-    hours     one recording of so many hours, 44.1 kHz stereo FLAC, into a new index: times real time, peak memory;
-              BY: as in `--adapt BY`, such as all
-    refresh   so many unchanged recordings of ten moments each, the walk of their folder included: seconds; also of
+    hours     one recording of N hours (6), 44.1 kHz stereo FLAC, into a new index: times real time, peak memory, what
+              is on disk; BY: as in `--adapt BY`, such as all
+    beside    the same of 0.2 hours, one command and two at once, by how long threads wait awake: as OpenMP has it by
+              itself, and as this project sets it; seconds, the median of 3 in turns
+    refresh   N unchanged recordings (10000) of ten moments each, the walk of their folder included: seconds; also of
               `recordings.find` and `refresh` alone, in a process that has its model already
 
 The retriever is the released one. The recording is real speech where $ESR_DATA says where it is (RAVDESS, EmoDB,
@@ -33,6 +35,7 @@ from esr_utils.index import Index
 from esr_utils.index_rows import Embedded, File
 
 RATE, PART_S, MOMENTS = 44_100, 600, 10
+OPENMP_SPIN = "300000"  # libgomp's own
 LIMITS = {"speed": 25.0, "memory": 1.5, "refresh": 5.0}  # times real time, GB, s
 
 
@@ -78,12 +81,36 @@ def said(met: bool) -> str:
     return "met" if met else "NOT MET"
 
 
-def hours(folder: Path, n: float, adapt: str) -> bool:
+def record(path: Path, n_hours: float) -> None:
     samples = part()
-    with soundfile.SoundFile(folder / "long.flac", "w", RATE, 2, compression_level=0.0) as file:
-        while (left := round(n * 3600 * RATE) - file.frames) > 0:
+    with soundfile.SoundFile(path, "w", RATE, 2, compression_level=0.0) as file:
+        while (left := round(n_hours * 3600 * RATE) - file.frames) > 0:
             file.write(samples[:left])
-    del samples
+
+
+def beside(folder: Path, n: float) -> bool:
+    record(folder / "long.flac", n)
+    times: dict[tuple[str, int], list[float]] = {}
+    for turn in range(3):
+        for spin in (OPENMP_SPIN, os.environ["GOMP_SPINCOUNT"]):
+            for at_once in (1, 2):
+                commands = [
+                    [sys.executable, "-m", "esr_utils.cli", "index", folder / "long.flac",
+                     "--index", folder / f"{turn}-{spin}-{at_once}-{i}", "--adapt", "off"] for i in range(at_once)
+                ]  # fmt: skip
+                started, environment = time.monotonic(), os.environ | {"GOMP_SPINCOUNT": spin}
+                running = [subprocess.Popen(one, env=environment, stdout=subprocess.DEVNULL) for one in commands]
+                if any(process.wait() for process in running):
+                    sys.exit("esr index failed")
+                times.setdefault((spin, at_once), []).append(time.monotonic() - started)
+    for (spin, at_once), seconds in times.items():
+        print(f"{n:g} h, GOMP_SPINCOUNT {spin}, {at_once} at once: {sorted(seconds)[1]:.0f} s "
+              f"({min(seconds):.0f} to {max(seconds):.0f})", flush=True)  # fmt: skip
+    return True
+
+
+def hours(folder: Path, n: float, adapt: str) -> bool:
+    record(folder / "long.flac", n)
     seconds, peak = esr(folder / "long.flac", "--index", folder / "index", "--adapt", adapt)
     speed = n * 3600 / seconds
     met = speed >= LIMITS["speed"] and peak <= LIMITS["memory"]
@@ -126,7 +153,12 @@ def refresh(folder: Path, n: int) -> bool:
 
 if __name__ == "__main__":
     mode = sys.argv[1] if len(sys.argv) > 1 else "hours"
-    n, adapt = [*sys.argv[2:], *({"refresh": "10000"}.get(mode, "6"), "off")[len(sys.argv[2:]) :]]
+    default = {"hours": "6", "beside": "0.2", "refresh": "10000"}[mode]
+    n, adapt = [*sys.argv[2:], *(default, "off")[len(sys.argv[2:]) :]]
     with tempfile.TemporaryDirectory() as temporary:
-        met = hours(Path(temporary), float(n), adapt) if mode == "hours" else refresh(Path(temporary), int(n))
+        folder = Path(temporary)
+        if mode == "refresh":
+            met = refresh(folder, int(n))
+        else:
+            met = hours(folder, float(n), adapt) if mode == "hours" else beside(folder, float(n))
     sys.exit(int(not met))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -200,3 +203,16 @@ def test_the_one_unpickler_reads_only_tensors():
 
 def test_text_in_tables_is_held_by_python_also_where_pandas_finds_pyarrow():
     assert pd.Series(["text"]).dtype.storage == "python"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only on Linux is PyTorch's OpenMP that of GNU")
+@pytest.mark.parametrize(
+    ("said", "expected"), [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "0")]
+)
+def test_threads_of_pytorch_wait_awake_for_a_moment_only(said, expected):
+    """By its OpenMP's own account; what the user says goes first."""
+    rest = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    command = [sys.executable, "-c", "import esr_utils, torch"]
+    environment = rest | said | {"OMP_DISPLAY_ENV": "verbose", "PYTHONPATH": str(ROOT.parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert f"GOMP_SPINCOUNT = '{expected}'" in done.stderr
