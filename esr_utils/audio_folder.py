@@ -137,8 +137,10 @@ def absolute_key(path: str | Path) -> str:
 def possible_keys(path: str | Path) -> set[str]:
     """Under these a file may be in a table, as a folder is gone through with the links to it followed."""
     path = at_home(path)
-    folder, end = os.path.realpath(path.parent), os.path.realpath(path)
-    return {absolute_key(one) for one in (path, Path(folder, path.name), end)}
+    found = {absolute_key(path)}
+    with suppress(ValueError):  # a null byte is in no file's name
+        found |= {absolute_key(Path(os.path.realpath(path.parent), path.name)), absolute_key(os.path.realpath(path))}
+    return found
 
 
 def absolute_path(key: str) -> Path:

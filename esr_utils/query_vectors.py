@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,7 +75,7 @@ def of_file(path: Path, model: Retriever | None, level: Level) -> NDArray[np.flo
     from esr_utils.embedding import embed
 
     path = at_home(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # pathlib's raises on a name that is too long
         raise QueryError(f"{printable(path)} is neither the id of a moment of this index nor an audio file")
     if model is None:
         raise QueryError("this index was opened without a model, which an audio file needs: Index.open(uri, model)")

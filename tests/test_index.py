@@ -536,7 +536,7 @@ def test_of_an_example_that_the_index_has_in_moments_none_is_among_its_hits(own,
 
 
 def test_an_example_that_is_not_there_is_refused(clips, tmp_path):
-    for example in (tmp_path / "nothing.wav", "mini/no_such_clip", tmp_path, "x' OR '1'='1"):
+    for example in (tmp_path / "nothing.wav", "mini/no_such_clip", tmp_path, "x' OR '1'='1", "a\0b", "long" * 2000):
         with pytest.raises(QueryError, match="neither the id"):
             clips[0].search_like(example)
 
